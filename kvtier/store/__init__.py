@@ -1,0 +1,6 @@
+"""The store: lookups, leases, staging and write-through over the tiers."""
+
+from kvtier.store.base import Match, StoreClient, ticket_slot
+from kvtier.store.tiered import TieredStore
+
+__all__ = ["Match", "StoreClient", "TieredStore", "ticket_slot"]

@@ -1,0 +1,91 @@
+"""Leases: claims on resident slots, from promise to the end of the copy, that expire by themselves."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvtier.tiers.memory import MemoryTier
+
+
+@dataclass(slots=True)
+class _Lease:
+    slots: Sequence[int]
+    expires: float
+    holders: set[int]
+
+
+class LeaseTable:
+    """Who may read which pinned slots, and until when.
+
+    Args:
+        memory: The arena whose pins the leases stand for.
+        shards: How many shards hold each lease; it ends when all of them have released it.
+        seconds: Term of a lease.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, memory: MemoryTier, shards: int, seconds: float, clock: Callable[[], float]) -> None:
+        self._memory = memory
+        self._shards = shards
+        self._seconds = seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        # Grants and renewals append at the end, so the first entry is always the next to expire.
+        self._leases: dict[int, _Lease] = {}
+        self._ids = itertools.count(1)
+        self.expired = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, slots: Sequence[int]) -> int:
+        """Take over one pin on each of `slots` and return the lease that answers for them."""
+        with self._lock:
+            lease = next(self._ids)
+            self._leases[lease] = _Lease(slots, self._clock() + self._seconds, set(range(self._shards)))
+        return lease
+
+    def renew(self, lease: int) -> bool:
+        """Give a lease its full term again; False when it has ended."""
+        with self._lock:
+            entry = self._leases.pop(lease, None)
+            if entry is None:
+                return False
+            if entry.expires <= self._clock():
+                self._end(entry)
+                self.expired += 1
+                return False
+            entry.expires = self._clock() + self._seconds
+            self._leases[lease] = entry
+            return True
+
+    def release(self, lease: int, shard: int | None = None) -> None:
+        """End one shard's hold, or (None) the lease; unknown ones are ignored."""
+        with self._lock:
+            entry = self._leases.get(lease)
+            if entry is None:
+                return
+            if shard is not None:
+                entry.holders.discard(shard)
+                if entry.holders:
+                    return
+            del self._leases[lease]
+            self._end(entry)
+
+    def expire(self) -> None:
+        """End every lease whose term is over."""
+        with self._lock:
+            now = self._clock()
+            while self._leases:
+                lease, entry = next(iter(self._leases.items()))
+                if entry.expires > now:
+                    return
+                del self._leases[lease]
+                self._end(entry)
+                self.expired += 1
+
+    def _end(self, entry: _Lease) -> None:
+        self._memory.unpin(entry.slots)

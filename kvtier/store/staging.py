@@ -1,0 +1,214 @@
+"""Staging: bring blocks from disk or bucket into the arena, decoded and verified, in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.codec import BlockCodec
+from kvtier.errors import CorruptBlock
+from kvtier.store._workers import Workers
+from kvtier.store.base import ticket_slot
+from kvtier.tiers import Buffer, StoredBlock, Tier
+from kvtier.tiers.memory import MemoryTier
+
+_log = logging.getLogger(__name__)
+
+READERS_PER_TIER = 8
+"""Stagings that one tier reads at the same time; each read is itself concurrent inside the tier."""
+
+STALL_SECONDS = 0.25
+"""A tier that has reads under way and delivered nothing for so long is not waited for."""
+
+Promote = Callable[[int, StoredBlock], None]
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One lower tier and what is under way from it."""
+
+    tier: Tier
+    workers: Workers
+    in_flight: int = 0
+    progress: float = 0.0
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """Blocks asked of one tier in one read: each hash's ticket, until somebody has taken it."""
+
+    tickets: dict[bytes, int]
+    failed: list[tuple[bytes, int]] = field(default_factory=list)
+
+
+class Stager:
+    """Fetches blocks into reserved slots; concurrent callers share one fetch of a block.
+
+    Args:
+        memory: The arena.
+        tiers: The lower tiers, fastest first.
+        codec: Verifies and decodes what they hand out.
+        counters: Where to count.
+        promote: Called with the depth (index in `tiers`) that a verified block came from and its encoded
+            form, so that the tiers above can keep it. The payload is valid only during the call.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        tiers: Sequence[Tier],
+        codec: BlockCodec,
+        counters: Counters,
+        promote: Promote,
+    ) -> None:
+        self._memory = memory
+        self._codec = codec
+        self._counters = counters
+        self._promote = promote
+        self._lanes = [_Lane(tier, Workers(f"stage-{tier.name}", READERS_PER_TIER)) for tier in tiers]
+        self._changed = threading.Condition()
+        self._flights: dict[bytes, _Lane] = {}
+
+    def stage(self, hashes: Sequence[bytes]) -> dict[bytes, str]:
+        """Start fetching the leading run of `hashes` that the lower tiers hold.
+
+        Returns:
+            The blocks of that run, in order, with the name of the tier each is being fetched from, or
+            "memory" for those that lie in the arena by now.
+        """
+        origin: dict[bytes, str] = {}
+        position = 0
+        while position < len(hashes):
+            run = self._resident_or_underway(hashes[position:], origin)
+            if run == 0:
+                run = self._fetch_run(hashes[position:], origin)
+            if run == 0:
+                break
+            position += run
+        return origin
+
+    def wait(self, hashes: Sequence[bytes], deadline: float) -> None:
+        """Wait until `hashes` have arrived, one of them failed, its tier stalls, or `deadline` has come.
+
+        Args:
+            hashes: Blocks of one run, in order.
+            deadline: On `time.monotonic`'s clock.
+        """
+        arrived = 0
+        with self._changed:
+            while arrived < len(hashes):
+                lane = self._flights.get(hashes[arrived])
+                if lane is None:
+                    if self._memory.state(hashes[arrived]) != "ready":
+                        return
+                    arrived += 1
+                    continue
+                now = time.monotonic()
+                patience = min(deadline, lane.progress + STALL_SECONDS) - now
+                if patience <= 0:
+                    return
+                self._changed.wait(patience)
+
+    def close(self, timeout: float) -> None:
+        """End the threads; what is under way is given `timeout` seconds."""
+        for lane in self._lanes:
+            lane.workers.close(timeout / len(self._lanes))
+
+    def _resident_or_underway(self, hashes: Sequence[bytes], origin: dict[bytes, str]) -> int:
+        with self._changed:
+            for count, block in enumerate(hashes):
+                lane = self._flights.get(block)
+                if lane is None and self._memory.state(block) != "ready":
+                    return count
+                origin[block] = lane.tier.name if lane else "memory"
+        return len(hashes)
+
+    def _fetch_run(self, hashes: Sequence[bytes], origin: dict[bytes, str]) -> int:
+        """Start one read of the leading run that some tier holds and the arena has room for."""
+        for depth, lane in enumerate(self._lanes):
+            run = hashes[: lane.tier.match(hashes)]
+            if not run:
+                continue
+            with self._changed:
+                fetch = _Fetch({})
+                for block, ticket in zip(run, self._memory.reserve(run), strict=True):
+                    if ticket is None:
+                        break
+                    fetch.tickets[block] = ticket
+                    self._flights[block] = lane
+                    origin[block] = lane.tier.name
+                count = len(fetch.tickets)
+            if count:
+                self._start(depth, fetch)
+            return count
+        return 0
+
+    def _start(self, depth: int, fetch: _Fetch) -> None:
+        lane = self._lanes[depth]
+        with self._changed:
+            if lane.in_flight == 0:
+                lane.progress = time.monotonic()
+            lane.in_flight += 1
+        lane.workers.submit(lambda: self._read(depth, fetch))
+
+    def _read(self, depth: int, fetch: _Fetch) -> None:
+        lane = self._lanes[depth]
+
+        def deliver(block: bytes, payload: Buffer | None) -> None:
+            # Whoever takes the ticket out owns the slot: a second delivery must not touch it.
+            ticket = fetch.tickets.pop(block, None)
+            if ticket is None:
+                return
+            if payload is not None and self._land(depth, block, ticket, payload):
+                return
+            fetch.failed.append((block, ticket))
+
+        try:
+            lane.tier.read(list(fetch.tickets), deliver)
+        finally:
+            while fetch.tickets:
+                fetch.failed.append(fetch.tickets.popitem())
+            with self._changed:
+                lane.in_flight -= 1
+            self._fall_through(depth, fetch.failed)
+
+    def _land(self, depth: int, block: bytes, ticket: int, payload: Buffer) -> bool:
+        lane = self._lanes[depth]
+        try:
+            self._codec.decode(block, payload, self._memory.view(ticket_slot(ticket)))
+        except CorruptBlock as error:
+            self._counters.add(f"{lane.tier.name}_corrupt_blocks")
+            log_once(_log, lane.tier.name, "a block from %s is corrupt: %s", lane.tier.name, error)
+            lane.tier.discard([block])
+            return False
+        self._memory.publish([ticket])
+        self._counters.add(f"{lane.tier.name}_staged_blocks")
+        self._promote(depth, StoredBlock(block, bytes(len(block)), 0, payload))
+        with self._changed:
+            lane.progress = time.monotonic()
+            del self._flights[block]
+            self._changed.notify_all()
+        return True
+
+    def _fall_through(self, depth: int, failed: list[tuple[bytes, int]]) -> None:
+        """Ask the next tiers for what this one failed to deliver; give the rest up."""
+        for below in range(depth + 1, len(self._lanes)):
+            lane = self._lanes[below]
+            held = {block: ticket for block, ticket in failed if lane.tier.match([block])}
+            if held:
+                with self._changed:
+                    self._flights.update(dict.fromkeys(held, lane))
+                self._start(below, _Fetch(held))
+                failed = [entry for entry in failed if entry[0] not in held]
+        if failed:
+            self._memory.abort([ticket for _, ticket in failed])
+            self._counters.add("staging_failed_blocks", len(failed))
+            with self._changed:
+                for block, _ in failed:
+                    del self._flights[block]
+                self._changed.notify_all()

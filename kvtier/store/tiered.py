@@ -1,0 +1,193 @@
+"""The store: arena, disk and bucket behind one lookup."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.codec import BlockCodec
+from kvtier.config import Config
+from kvtier.hashing import Namespace
+from kvtier.layout import BlockLayout
+from kvtier.store.base import Match, ticket_slot
+from kvtier.store.leases import LeaseTable
+from kvtier.store.staging import Stager
+from kvtier.store.writing import CommittedBlock, WriteThrough
+from kvtier.tiers import Tier
+from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.memory import MemoryTier
+from kvtier.tiers.s3 import S3Tier
+
+_log = logging.getLogger(__name__)
+
+LEASE_SECONDS = 60.0
+"""A lease spans one engine iteration, from lookup to the end of the copy; a minute is far beyond any."""
+
+
+class TieredStore:
+    """Implements `kvtier.store.StoreClient` in this process.
+
+    Args:
+        namespace: What the blocks are blocks of.
+        layout: How their bytes are arranged.
+        memory: The arena; the store closes it.
+        tiers: The lower tiers, fastest first; the store closes them.
+        lookup_wait: Seconds that `match` waits at most unless told otherwise.
+        clock: Monotonic seconds, for leases.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        layout: BlockLayout,
+        memory: MemoryTier,
+        tiers: Sequence[Tier] = (),
+        *,
+        lookup_wait: float = 0.05,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.namespace = namespace
+        self.layout = layout
+        self.memory = memory
+        self._tiers = tuple(tiers)
+        self._lookup_wait = lookup_wait
+        self._counters = Counters()
+        codec = BlockCodec(layout, namespace.id)
+        self._leases = LeaseTable(memory, layout.shards, LEASE_SECONDS, clock)
+        self._writer = WriteThrough(memory, codec, self._tiers, self._counters)
+        self._stager = Stager(memory, self._tiers, codec, self._counters, self._writer.promote)
+        self._lock = threading.Lock()
+        self._filling: dict[int, tuple[CommittedBlock, set[int]]] = {}
+        self._closed = False
+
+    @classmethod
+    def open(cls, config: Config, namespace: Namespace, layout: BlockLayout) -> TieredStore:
+        """Build the tiers that `config` declares, and the store over them.
+
+        Raises:
+            ConfigError: The arena is too small for one block, or a credential variable is unset.
+        """
+        memory = MemoryTier(config.memory.size, layout.block_bytes)
+        bound = BlockCodec(layout, namespace.id).max_encoded_bytes
+        tiers: list[Tier] = []
+        if config.disk:
+            tiers.append(DiskTier(config.disk.path, config.disk.size, namespace, bound))
+        if config.s3:
+            tiers.append(S3Tier(config.s3, namespace, layout, bound))
+        return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
+
+    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
+        """Find, stage and lease; see `StoreClient.match`."""
+        if self._closed or not hashes:
+            return Match()
+        deadline = time.monotonic() + (self._lookup_wait if wait is None else wait)
+        self._leases.expire()
+        self._counters.add("lookups")
+        slots = self.memory.acquire(hashes)
+        sources = {"memory": len(slots)} if slots else {}
+        missing = hashes[len(slots) :]
+        if missing and self._tiers:
+            origin = self._stager.stage(missing)
+            self._stager.wait(list(origin), deadline)
+            arrived = self.memory.acquire(missing[: len(origin)])
+            for block in missing[: len(arrived)]:
+                sources[origin[block]] = sources.get(origin[block], 0) + 1
+            slots += arrived
+        for tier, blocks in sources.items():
+            self._counters.add(f"hit_blocks_{tier}", blocks)
+        self._counters.add("missed_blocks", len(hashes) - len(slots))
+        if not slots:
+            return Match()
+        return Match(self._leases.grant(slots), tuple(slots), sources)
+
+    def renew(self, lease: int) -> bool:
+        """Extend a lease; see `StoreClient.renew`."""
+        return self._leases.renew(lease)
+
+    def release(self, lease: int, shard: int | None = None) -> None:
+        """Give a lease up; see `StoreClient.release`."""
+        self._leases.release(lease, shard)
+
+    def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
+        """Reserve slots for new blocks; see `StoreClient.reserve`."""
+        if self._closed:
+            return [None] * len(hashes)
+        self._leases.expire()
+        tickets = self.memory.reserve(hashes)
+        with self._lock:
+            for index, ticket in enumerate(tickets):
+                if ticket is not None:
+                    before = hashes[index - 1] if index else parent
+                    block = CommittedBlock(hashes[index], before, position + index, ticket_slot(ticket))
+                    self._filling[ticket] = (block, set())
+        without_room = sum(
+            ticket is None and self.memory.state(block) == "absent"
+            for ticket, block in zip(tickets, hashes, strict=True)
+        )
+        if without_room:
+            self._counters.add("save_skipped_blocks", without_room)
+        return tickets
+
+    def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
+        """Note one shard's bytes as in place; see `StoreClient.commit`."""
+        whole: dict[int, CommittedBlock] = {}
+        with self._lock:
+            for ticket in tickets:
+                entry = self._filling.get(ticket)
+                if entry is None:
+                    continue
+                block, shards = entry
+                shards.add(shard)
+                if len(shards) == self.layout.shards:
+                    del self._filling[ticket]
+                    whole[ticket] = block
+        published = self.memory.publish(list(whole), pin=True)
+        blocks = [block for block, done in zip(whole.values(), published, strict=True) if done]
+        self._counters.add("saved_blocks", len(blocks))
+        self._writer.offer(blocks)
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        """Give reservations up; see `StoreClient.abort`."""
+        with self._lock:
+            known = [ticket for ticket in tickets if self._filling.pop(ticket, None)]
+        self.memory.abort(known)
+
+    def slot_view(self, slot: int, shard: int = 0) -> memoryview:
+        """Return one shard's bytes of a slot; see `StoreClient.slot_view`."""
+        size = self.layout.shard_bytes
+        return self.memory.view(slot)[shard * size : (shard + 1) * size]
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything committed so far is durable in all lower tiers, or `timeout` seconds."""
+        return self._writer.flush(timeout)
+
+    def stats(self) -> Mapping[str, int | float]:
+        """Return the store's counters, and each tier's under its name; see `StoreClient.stats`."""
+        values = self._counters.snapshot()
+        values["leases"] = len(self._leases)
+        values["leases_expired"] = self._leases.expired
+        values["filling_slots"] = len(self._filling)
+        values["encoding_blocks"] = self._writer.pending()
+        for tier in (self.memory, *self._tiers):
+            values.update({f"{tier.name}_{name}": value for name, value in tier.stats().items()})
+        return values
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Flush within `timeout` seconds, then close the tiers; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        deadline = time.monotonic() + timeout
+        if not self._writer.flush(timeout):
+            log_once(_log, "close", "closed before everything was written: %d s ran out", int(timeout))
+        remaining = max(0.5, deadline - time.monotonic())
+        self._stager.close(remaining / 4)
+        self._writer.close(remaining / 4)
+        for tier in self._tiers:
+            tier.close(remaining / 2)
+        self.memory.close()

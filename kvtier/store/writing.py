@@ -1,0 +1,170 @@
+"""Write-through: encode committed blocks and hand them to the lower tiers, in the background, bounded."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtier._counters import Counters
+from kvtier.codec import BlockCodec
+from kvtier.store._workers import Workers
+from kvtier.tiers import StoredBlock, Tier
+from kvtier.tiers.memory import MemoryTier
+
+MAX_QUEUED_BYTES = 256 << 20
+"""Encoded bytes that may wait for one tier; a slower tier loses blocks rather than the machine its memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedBlock:
+    """A block that lies readable in the arena, pinned for the writer.
+
+    Attributes:
+        hash: Its chained hash, 16 bytes.
+        parent: The hash before it in the chain, or the chain's root.
+        position: Its place in the chain.
+        slot: Where it lies.
+    """
+
+    hash: bytes
+    parent: bytes
+    position: int
+    slot: int
+
+
+class _TierQueue:
+    """Encoded blocks on their way to one tier, and the thread that writes them."""
+
+    def __init__(self, tier: Tier, counters: Counters) -> None:
+        self._tier = tier
+        self._counters = counters
+        self._worker = Workers(f"write-{tier.name}", 1)
+        self._changed = threading.Condition()
+        self._blocks: deque[StoredBlock] = deque()
+        self._queued_bytes = 0
+        self._writing = False
+
+    def offer(self, block: StoredBlock) -> None:
+        size = len(block.payload)
+        with self._changed:
+            if self._queued_bytes + size > MAX_QUEUED_BYTES:
+                self._counters.add(f"{self._tier.name}_dropped_blocks")
+                return
+            self._queued_bytes += size
+            self._blocks.append(block)
+            if self._writing:
+                return
+            self._writing = True
+        self._worker.submit(self._drain)
+
+    def wait_empty(self, deadline: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._writing, max(0.0, deadline - time.monotonic()))
+
+    def close(self, timeout: float) -> None:
+        self._worker.close(timeout)
+
+    def _drain(self) -> None:
+        while True:
+            with self._changed:
+                batch = list(self._blocks)
+                self._blocks.clear()
+                if not batch:
+                    self._writing = False
+                    self._changed.notify_all()
+                    return
+            try:
+                self._tier.write(batch)
+            finally:
+                with self._changed:
+                    self._queued_bytes -= sum(len(block.payload) for block in batch)
+
+
+class WriteThrough:
+    """Encodes blocks on a few threads and queues them for every lower tier that lacks them.
+
+    Args:
+        memory: The arena that the blocks lie in.
+        codec: Encodes them.
+        tiers: The lower tiers, fastest first.
+        counters: Where to count.
+    """
+
+    def __init__(
+        self, memory: MemoryTier, codec: BlockCodec, tiers: Sequence[Tier], counters: Counters
+    ) -> None:
+        self._memory = memory
+        self._codec = codec
+        self._tiers = tiers
+        self._counters = counters
+        self._queues = [_TierQueue(tier, counters) for tier in tiers]
+        self._encoders = Workers("encode", max(1, min(8, (os.cpu_count() or 1) // 2)))
+        self._changed = threading.Condition()
+        self._pinned = 0
+        # Blocks that wait for their encoder are pinned, and pinned blocks cannot make room for new ones.
+        self._max_pinned = max(1, memory.slots // 2)
+
+    def offer(self, blocks: Sequence[CommittedBlock]) -> None:
+        """Take over pinned blocks; what is too much is unpinned at once and counted as dropped."""
+        for block in blocks:
+            with self._changed:
+                taken = bool(self._tiers) and self._pinned < self._max_pinned
+                self._pinned += taken
+            if taken:
+                self._encoders.submit(lambda block=block: self._encode(block))  # type: ignore[misc]
+            else:
+                self._memory.unpin([block.slot])
+                if self._tiers:
+                    self._counters.add("encode_dropped_blocks")
+
+    def promote(self, depth: int, block: StoredBlock) -> None:
+        """Queue a copy of an encoded block for the tiers above `depth` that lack it."""
+        for tier, queue in zip(self._tiers[:depth], self._queues[:depth], strict=True):
+            if not tier.match([block.hash]):
+                queue.offer(StoredBlock(block.hash, block.parent, block.position, bytes(block.payload)))
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was offered is written and durable; False when the time ran out."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._pinned == 0, timeout)
+        for tier, queue in zip(self._tiers, self._queues, strict=True):
+            done = queue.wait_empty(deadline) and done
+            done = tier.flush(max(0.0, deadline - time.monotonic())) and done
+        return done
+
+    def close(self, timeout: float) -> None:
+        """End the threads, waiting up to `timeout` seconds for them."""
+        share = timeout / (1 + len(self._queues))
+        self._encoders.close(share)
+        for queue in self._queues:
+            queue.close(share)
+
+    def pending(self) -> int:
+        """Return how many blocks wait for their encoder."""
+        with self._changed:
+            return self._pinned
+
+    def _encode(self, block: CommittedBlock) -> None:
+        try:
+            lacking = [
+                queue
+                for tier, queue in zip(self._tiers, self._queues, strict=True)
+                if not tier.match([block.hash])
+            ]
+            if lacking:
+                raw = self._memory.view(block.slot)
+                payload = self._codec.encode(block.hash, raw)
+                self._counters.add("encoded_raw_bytes", len(raw))
+                self._counters.add("encoded_bytes", len(payload))
+                for queue in lacking:
+                    queue.offer(StoredBlock(block.hash, block.parent, block.position, payload))
+        finally:
+            self._memory.unpin([block.slot])
+            with self._changed:
+                self._pinned -= 1
+                self._changed.notify_all()
