@@ -40,7 +40,7 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Fetch:
-    """Blocks asked of one tier in one read: each hash's ticket, until somebody has taken it."""
+    """Blocks asked of one tier in one read: each hash's ticket until it is delivered, and what failed."""
 
     tickets: dict[bytes, int]
     failed: list[tuple[bytes, int]] = field(default_factory=list)
@@ -135,15 +135,14 @@ class Stager:
             if not run:
                 continue
             with self._changed:
-                fetch = _Fetch({})
-                for block, ticket in zip(run, self._memory.reserve(run), strict=True):
-                    if ticket is None:
-                        break
-                    fetch.tickets[block] = ticket
-                    self._flights[block] = lane
-                    origin[block] = lane.tier.name
-                count = len(fetch.tickets)
+                tickets = self._memory.reserve(run)
+                count = tickets.index(None) if None in tickets else len(tickets)
+                self._memory.abort([ticket for ticket in tickets[count:] if ticket is not None])
+                leading = [ticket for ticket in tickets[:count] if ticket is not None]
+                fetch = _Fetch(dict(zip(run, leading, strict=False)))
+                self._flights.update(dict.fromkeys(fetch.tickets, lane))
             if count:
+                origin.update(dict.fromkeys(run[:count], lane.tier.name))
                 self._start(depth, fetch)
             return count
         return 0
@@ -164,9 +163,14 @@ class Stager:
             ticket = fetch.tickets.pop(block, None)
             if ticket is None:
                 return
-            if payload is not None and self._land(depth, block, ticket, payload):
-                return
-            fetch.failed.append((block, ticket))
+            landed = False
+            try:
+                landed = payload is not None and self._land(depth, block, ticket, payload)
+            finally:
+                if not landed:
+                    fetch.failed.append((block, ticket))
+            if landed and payload is not None:
+                self._promote(depth, StoredBlock(block, bytes(len(block)), 0, payload))
 
         try:
             lane.tier.read(list(fetch.tickets), deliver)
@@ -188,7 +192,6 @@ class Stager:
             return False
         self._memory.publish([ticket])
         self._counters.add(f"{lane.tier.name}_staged_blocks")
-        self._promote(depth, StoredBlock(block, bytes(len(block)), 0, payload))
         with self._changed:
             lane.progress = time.monotonic()
             del self._flights[block]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvtier._counters import Counters
+from kvtier._logging import log_once
 from kvtier.codec import BlockCodec
 from kvtier.store._workers import Workers
 from kvtier.tiers import StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
+
+_log = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES = 256 << 20
 """Encoded bytes that may wait for one tier; a slower tier loses blocks rather than the machine its memory."""
@@ -79,9 +84,11 @@ class _TierQueue:
                     return
             try:
                 self._tier.write(batch)
-            finally:
-                with self._changed:
-                    self._queued_bytes -= sum(len(block.payload) for block in batch)
+            except Exception as error:  # noqa: BLE001 - a tier's defect must not end all writing to it
+                self._counters.add(f"{self._tier.name}_write_defects")
+                log_once(_log, self._tier.name, "writing to %s failed: %r", self._tier.name, error)
+            with self._changed:
+                self._queued_bytes -= sum(len(block.payload) for block in batch)
 
 
 class WriteThrough:
@@ -115,7 +122,7 @@ class WriteThrough:
                 taken = bool(self._tiers) and self._pinned < self._max_pinned
                 self._pinned += taken
             if taken:
-                self._encoders.submit(lambda block=block: self._encode(block))  # type: ignore[misc]
+                self._encoders.submit(partial(self._encode, block))
             else:
                 self._memory.unpin([block.slot])
                 if self._tiers:

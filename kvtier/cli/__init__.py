@@ -1,0 +1,68 @@
+"""The `kvtier` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtier.cli import config as config_command
+from kvtier.errors import KvTierError
+
+app = typer.Typer(
+    help="kvtier: the KV cache that outlives the GPU.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+bench = typer.Typer(help="Measure kvtier on this machine.", no_args_is_help=True)
+app.add_typer(config_command.app, name="config")
+app.add_typer(bench, name="bench")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@bench.command("codec")
+def bench_codec(
+    input_file: Annotated[Path, typer.Option("--input", help="An array [block, ...] of real KV, .npy.")],
+    dtype: Annotated[str | None, typer.Option(help="KV dtype; default by item size.")] = None,
+    json_out: JsonFlag = False,
+) -> None:
+    """Compare the block codec with plain zstd on real KV: ratio and MB/s, one core, paired."""
+    from kvtier.cli import bench_codec as command
+
+    command.run(input_file, dtype, json_out)
+
+
+@bench.command("lookup")
+def bench_lookup(
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 100_000,
+    tokens_per_block: Annotated[int, typer.Option(min=1)] = 32,
+    json_out: JsonFlag = False,
+) -> None:
+    """Time hashing and lookup of a long prompt."""
+    from kvtier.cli import bench_lookup as command
+
+    command.run(tokens, tokens_per_block, json_out)
+
+
+@app.command()
+def demo(
+    config: Annotated[
+        Path | None, typer.Option(help="Use the bucket of this file instead of starting a server.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=256, max=8000, help="Length of the prompt.")] = 2000,
+    json_out: JsonFlag = False,
+) -> None:
+    """Compute a prefix once, restart on an empty node, load it from the bucket: in real processes."""
+    from kvtier.cli import demo as command
+
+    command.run(config, tokens, json_out)
+
+
+def main() -> None:
+    """Run the command line; errors that kvtier raises on purpose are one message and exit code 2."""
+    try:
+        app()
+    except KvTierError as error:
+        sys.stderr.write(f"kvtier: {error}\n")
+        sys.exit(2)

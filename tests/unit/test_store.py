@@ -1,0 +1,271 @@
+"""Staging and write-through: what the store does with tiers that are slow, lossy, lying or full."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kvtier.codec import BlockCodec
+from kvtier.store import ticket_slot
+from tests.store_support import LAYOUT, NAMESPACE, ROOT, DictTier, chain, content, make_store, read, save
+
+PATIENT = 20.0
+"""Seconds to wait for what is expected to come: only a failing test takes so long."""
+
+
+def filled(name: str, hashes) -> DictTier:
+    """Return a tier that holds these blocks, encoded."""
+    tier, codec = DictTier(name), BlockCodec(LAYOUT, NAMESPACE.id)
+    tier.blocks = {block: bytes(codec.encode(block, content(block))) for block in hashes}
+    return tier
+
+
+def settled(store, hashes, blocks: int) -> None:
+    """Wait until `blocks` of `hashes` lie in the arena."""
+    until = time.monotonic() + PATIENT
+    while store.memory.match(hashes) < blocks:
+        assert time.monotonic() < until, "the blocks did not arrive"
+        time.sleep(0.005)
+
+
+def test_a_lookup_does_not_wait_longer_than_told_and_the_next_one_is_served():
+    hashes = chain(4)
+    tier = filled("s3", hashes)
+    tier.open.clear()
+    store = make_store([tier])
+    assert store.match(hashes, wait=0).slots == ()
+    tier.open.set()
+    settled(store, hashes, 4)
+    match = store.match(hashes, wait=0)
+    assert read(store, match.slots) == [content(block) for block in hashes]
+    assert tier.reads == hashes
+    store.close(5)
+
+
+def test_a_local_run_is_answered_although_the_bucket_hangs():
+    hashes = chain(6)
+    disk, s3 = filled("disk", hashes[:3]), filled("s3", hashes)
+    s3.open.clear()
+    store = make_store([disk, s3])
+    match = store.match(hashes, wait=PATIENT)
+    assert dict(match.sources) == {"disk": 3}
+    assert read(store, match.slots) == [content(block) for block in hashes[:3]]
+    s3.open.set()
+    store.close(5)
+
+
+def test_a_purely_local_hit_never_asks_the_bucket():
+    hashes = chain(3)
+    disk, s3 = filled("disk", hashes), filled("s3", hashes)
+    s3.open.clear()
+    store = make_store([disk, s3])
+    assert len(store.match(hashes, wait=PATIENT).slots) == 3
+    assert s3.reads == []
+    store.close(5)
+
+
+def test_concurrent_lookups_share_one_fetch():
+    hashes = chain(8)
+    tier = filled("s3", hashes)
+    tier.open.clear()
+    store = make_store([tier])
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(store.match(hashes, wait=PATIENT))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    while not tier.reads:
+        time.sleep(0.005)
+    tier.open.set()
+    for thread in threads:
+        thread.join()
+    assert tier.reads == hashes
+    assert [len(answer.slots) for answer in answers] == [8] * 6
+    assert len({answer.slots for answer in answers}) == 1
+    store.close(5)
+
+
+def test_a_corrupt_block_ends_the_run_and_is_quarantined():
+    hashes = chain(4)
+    tier = filled("s3", hashes)
+    damaged = bytearray(tier.blocks[hashes[2]])
+    damaged[-1] ^= 1
+    tier.blocks[hashes[2]] = bytes(damaged)
+    store = make_store([tier])
+    match = store.match(hashes, wait=PATIENT)
+    assert read(store, match.slots) == [content(block) for block in hashes[:2]]
+    store.release(match.lease)
+    assert tier.discarded == [hashes[2]]
+    assert store.stats()["s3_corrupt_blocks"] == 1
+    assert store.stats()["filling_slots"] == 0
+    assert store.memory.stats()["filling"] == 0
+    store.close(5)
+
+
+def test_blocks_of_another_name_are_not_served():
+    hashes, other = chain(2), chain(2, seed=9)
+    tier = filled("s3", hashes)
+    tier.blocks = dict(zip(other, tier.blocks.values(), strict=True))
+    store = make_store([tier])
+    assert store.match(other, wait=PATIENT).slots == ()
+    store.close(5)
+
+
+def test_a_failed_read_in_the_middle_does_not_shift_what_follows():
+    hashes = chain(5)
+    tier = filled("s3", hashes)
+    tier.lost = {hashes[1]}
+    store = make_store([tier])
+    match = store.match(hashes, wait=PATIENT)
+    assert read(store, match.slots) == [content(hashes[0])]
+    later = store.match(hashes[2:], wait=PATIENT)
+    assert read(store, later.slots) == [content(block) for block in hashes[2:]]
+    store.close(5)
+
+
+def test_what_the_disk_lost_comes_from_the_bucket_and_is_promoted():
+    hashes = chain(4)
+    disk, s3 = filled("disk", hashes[:3]), filled("s3", hashes)
+    disk.lost = set(hashes[1:3])
+    store = make_store([disk, s3])
+    match = store.match(hashes, wait=PATIENT)
+    assert read(store, match.slots) == [content(block) for block in hashes]
+    assert store.flush(PATIENT)
+    assert set(disk.blocks) == set(hashes)
+    store.close(5)
+
+
+def test_a_tier_that_raises_is_a_miss_and_frees_its_slots():
+    hashes = chain(3)
+    tier = filled("s3", hashes)
+    tier.read = lambda hashes, deliver: 1 / 0
+    store = make_store([tier])
+    assert store.match(hashes, wait=PATIENT).slots == ()
+    assert store.memory.stats()["filling"] == 0
+    store.close(5)
+
+
+def test_a_tier_that_delivers_twice_does_not_touch_a_promised_slot():
+    hashes = chain(1)
+    tier = filled("s3", hashes)
+    wrong = bytes(len(tier.blocks[hashes[0]]))
+
+    def read_twice(blocks, deliver):
+        deliver(blocks[0], tier.blocks[blocks[0]])
+        deliver(blocks[0], wrong)
+
+    tier.read = read_twice
+    store = make_store([tier])
+    match = store.match(hashes, wait=PATIENT)
+    assert read(store, match.slots) == [content(hashes[0])]
+    assert "s3_corrupt_blocks" not in store.stats()
+    store.close(5)
+
+
+def test_a_prefix_longer_than_the_arena_is_served_as_far_as_it_fits():
+    hashes = chain(12)
+    store = make_store([filled("s3", hashes)], slots=5)
+    match = store.match(hashes, wait=PATIENT)
+    assert read(store, match.slots) == [content(block) for block in hashes[:5]]
+    store.release(match.lease)
+    assert store.memory.stats()["filling"] == 0
+    store.close(5)
+
+
+def test_a_save_under_way_is_not_fetched_and_leaks_nothing():
+    hashes = chain(4)
+    store = make_store([filled("s3", hashes)])
+    (ticket,) = store.reserve(hashes[0], 1, hashes[1:2])
+    match = store.match(hashes, wait=PATIENT)
+    assert read(store, match.slots) == [content(hashes[0])]
+    assert store.memory.stats()["filling"] == 1
+    store.slot_view(ticket_slot(ticket))[:] = content(hashes[1])
+    store.commit([ticket])
+    assert len(store.match(hashes, wait=PATIENT).slots) == 4
+    store.close(5)
+
+
+def test_a_tier_that_hangs_on_write_loses_blocks_but_holds_nobody_up():
+    hang = threading.Event()
+    slow, fast = DictTier("disk"), DictTier("s3")
+    slow.write = lambda blocks: hang.wait(PATIENT) and 0
+    store = make_store([slow, fast])
+    for seed in range(20):
+        save(store, chain(2, seed))
+    until = time.monotonic() + PATIENT
+    while len(fast.blocks) < 40 and store.stats()["encoding_blocks"]:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert len(fast.blocks) + store.stats().get("encode_dropped_blocks", 0) == 40
+    assert not store.flush(0.05)
+    hang.set()
+    store.close(5)
+
+
+def test_a_tier_whose_write_raises_goes_on_being_written_to():
+    tier = DictTier("disk")
+    honest = tier.write
+    tier.write = lambda blocks: 1 / 0
+    store = make_store([tier])
+    save(store, chain(1))
+    assert store.flush(PATIENT)
+    tier.write = honest
+    save(store, chain(1, seed=1))
+    assert store.flush(PATIENT)
+    assert set(tier.blocks) == set(chain(1, seed=1))
+    assert store.stats()["disk_write_defects"] == 1
+    store.close(5)
+
+
+def test_what_a_lower_tier_holds_already_is_not_encoded_again():
+    hashes = chain(3)
+    tier = filled("s3", hashes)
+    store = make_store([tier])
+    save(store, hashes)
+    assert store.flush(PATIENT)
+    assert "encoded_bytes" not in store.stats()
+    store.close(5)
+
+
+def test_close_flushes_what_was_committed():
+    tier = DictTier("s3")
+    store = make_store([tier], slots=64)
+    for seed in range(10):
+        save(store, chain(3, seed))
+    store.close(PATIENT)
+    assert len(tier.blocks) + store.stats().get("encode_dropped_blocks", 0) == 30
+    assert tier.closed
+
+
+def test_statistics_are_numbers_under_their_tiers_names():
+    store = make_store([filled("s3", chain(2))])
+    store.match(chain(2), wait=PATIENT)
+    stats = store.stats()
+    assert stats["hit_blocks_s3"] == 2
+    assert stats["s3_blocks"] == 2
+    assert stats["memory_blocks"] == 2
+    assert all(isinstance(value, (int, float)) for value in stats.values())
+    store.close(5)
+
+
+def test_an_arena_smaller_than_a_block_is_refused():
+    from kvtier.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="does not hold one block"):
+        make_store(slots=0)
+
+
+def test_the_chain_is_kept_with_every_block():
+    seen = {}
+    tier = DictTier("s3")
+    tier.write = lambda blocks: seen.update({b.hash: (b.parent, b.position) for b in blocks})
+    store = make_store([tier])
+    hashes = chain(4)
+    save(store, hashes[:2])
+    save(store, hashes[2:], hashes[1], 2)
+    store.close(5)
+    parents = [ROOT, *hashes]
+    assert seen == {block: (parents[i], i) for i, block in enumerate(hashes)}

@@ -1,0 +1,142 @@
+"""The store as a state machine: reserve, commit, evict, lease, expire, corrupt, crash, in any order."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvtier.store import ticket_slot
+from kvtier.store.tiered import LEASE_SECONDS
+from tests.store_support import ROOT, DictTier, chain, content, make_store, read
+
+SLOTS = 6
+PROMPTS = [chain(5, seed) for seed in range(3)]
+PATIENT = 20.0
+
+prompts = st.sampled_from(PROMPTS)
+lengths = st.integers(1, 5)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Whatever happens, a leased slot holds exactly its block, and nothing leaks."""
+
+    @initialize()
+    def open(self):
+        self.disk, self.s3 = DictTier("disk"), DictTier("s3")
+        self.now = 0.0
+        self.start()
+
+    def start(self):
+        self.store = make_store([self.disk, self.s3], slots=SLOTS, clock=lambda: self.now)
+        self.leases: dict[int, tuple[float, list[bytes], tuple[int, ...]]] = {}
+        self.tickets: dict[int, bytes] = {}
+
+    def alive(self):
+        return {
+            lease: entry for lease, entry in self.leases.items() if self.now - entry[0] < LEASE_SECONDS
+        }
+
+    @rule(prompt=prompts, length=lengths)
+    def reserve(self, prompt, length):
+        for block, ticket in zip(prompt, self.store.reserve(ROOT, 0, prompt[:length]), strict=False):
+            if ticket is not None:
+                assert ticket not in self.tickets
+                self.tickets[ticket] = block
+        # A reserved slot is nobody else's, and none that is leased.
+        slots = [ticket_slot(ticket) for ticket in self.tickets]
+        assert len(set(slots)) == len(slots)
+        leased = {slot for _, _, held in self.alive().values() for slot in held}
+        assert not leased.intersection(slots)
+
+    @rule()
+    def fill_and_commit(self):
+        for ticket, block in self.tickets.items():
+            self.store.slot_view(ticket_slot(ticket))[:] = content(block)
+        self.store.commit(list(self.tickets))
+        self.tickets.clear()
+
+    @rule()
+    def abort(self):
+        self.store.abort(list(self.tickets))
+        self.tickets.clear()
+
+    @rule(prompt=prompts, length=lengths, wait=st.sampled_from([0, PATIENT]))
+    def match(self, prompt, length, wait):
+        match = self.store.match(prompt[:length], wait=wait)
+        assert len(match.slots) <= length
+        assert sum(match.sources.values()) == len(match.slots)
+        if match.lease:
+            self.leases[match.lease] = (self.now, prompt[: len(match.slots)], match.slots)
+
+    @rule(data=st.data())
+    def release(self, data):
+        if self.leases:
+            lease = data.draw(st.sampled_from(sorted(self.leases)))
+            self.store.release(lease)
+            del self.leases[lease]
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, LEASE_SECONDS + 1]))
+    def time_passes(self, seconds):
+        self.now += seconds
+
+    @rule(data=st.data())
+    def renew(self, data):
+        if self.leases:
+            lease = data.draw(st.sampled_from(sorted(self.leases)))
+            granted, hashes, slots = self.leases[lease]
+            if self.store.renew(lease):
+                assert self.now - granted < LEASE_SECONDS
+                self.leases[lease] = (self.now, hashes, slots)
+            else:
+                assert self.now - granted >= LEASE_SECONDS
+                del self.leases[lease]
+
+    @rule(data=st.data(), tier=st.sampled_from(["disk", "s3"]), position=st.integers(0, 1 << 20))
+    def flip_a_byte_below(self, data, tier, position):
+        blocks = getattr(self, tier).blocks
+        if blocks:
+            block = data.draw(st.sampled_from(sorted(blocks)))
+            damaged = bytearray(blocks[block])
+            damaged[position % len(damaged)] ^= 0x40
+            blocks[block] = bytes(damaged)
+
+    @rule(data=st.data(), tier=st.sampled_from(["disk", "s3"]))
+    def lose_a_block_below(self, data, tier):
+        blocks = getattr(self, tier).blocks
+        if blocks:
+            getattr(self, tier).lost = {data.draw(st.sampled_from(sorted(blocks)))}
+
+    @rule(flush=st.booleans())
+    def crash_and_restart(self, flush):
+        if flush:
+            assert self.store.flush(PATIENT)
+        self.disk.lost, self.s3.lost = set(), set()
+        self.start()
+
+    @invariant()
+    def leased_slots_hold_their_blocks(self):
+        for _, hashes, slots in self.alive().values():
+            assert read(self.store, slots) == [content(block) for block in hashes]
+
+    @invariant()
+    def nothing_leaks(self):
+        assert self.store.stats()["filling_slots"] == len(self.tickets)
+
+    def teardown(self):
+        for lease in list(self.leases):
+            self.store.release(lease)
+        self.store.abort(list(self.tickets))
+        assert self.store.flush(PATIENT)
+        stats = self.store.stats()
+        assert (stats["leases"], stats["filling_slots"], stats["memory_pinned"]) == (0, 0, 0)
+        self.store.close(5)
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
