@@ -1,0 +1,21 @@
+"""The reference engine: a small paged engine that calls any connector in the real engine's order."""
+
+from kvtier.engine.config import EngineConfig, Finished, Metrics, ModelSpec, Multimodal, Request
+from kvtier.engine.engine import Engine
+from kvtier.engine.hash_model import HashModel
+from kvtier.engine.memory import KVMemory
+from kvtier.engine.model import Model, Span
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "Finished",
+    "HashModel",
+    "KVMemory",
+    "Metrics",
+    "Model",
+    "ModelSpec",
+    "Multimodal",
+    "Request",
+    "Span",
+]
