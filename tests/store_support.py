@@ -104,5 +104,9 @@ def make_store(
     namespace = Namespace.from_facts({"model": "test", **layout.describe()})
     stride = -(-layout.block_bytes // 4096) * 4096
     return TieredStore(
-        namespace, layout, MemoryTier(slots * stride, layout.block_bytes), tiers, **options  # type: ignore[arg-type]
+        namespace,
+        layout,
+        MemoryTier(slots * stride, layout.block_bytes),
+        tiers,
+        **options,  # type: ignore[arg-type]
     )

@@ -18,9 +18,7 @@ from kvtier.store.leases import LeaseTable
 from kvtier.store.staging import Stager
 from kvtier.store.writing import CommittedBlock, WriteThrough
 from kvtier.tiers import Tier
-from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.memory import MemoryTier
-from kvtier.tiers.s3 import S3Tier
 
 _log = logging.getLogger(__name__)
 
@@ -74,9 +72,14 @@ class TieredStore:
         memory = MemoryTier(config.memory.size, layout.block_bytes)
         bound = BlockCodec(layout, namespace.id).max_encoded_bytes
         tiers: list[Tier] = []
+        # Imported here: a store without a bucket need not pay for the S3 client's import.
         if config.disk:
+            from kvtier.tiers.disk import DiskTier
+
             tiers.append(DiskTier(config.disk.path, config.disk.size, namespace, bound))
         if config.s3:
+            from kvtier.tiers.s3 import S3Tier
+
             tiers.append(S3Tier(config.s3, namespace, layout, bound))
         return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
 

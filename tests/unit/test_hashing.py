@@ -20,7 +20,10 @@ def test_known_answers():
     """A stored block must be found by every later release: these values may never change."""
     assert chain_root(b"n" * 16).hex() == "5e801a3132f98b0dc4b941886baab230"
     assert chain_root(b"n" * 16, "tenant", 7).hex() == "dee076f8e63bf2303d5f21bb40c2b2f6"
-    assert [h.hex() for h in hash_blocks(ROOT, range(8), 4)] == ["9ca5c0149b5eb739c6c88784cfd9db71", "82f8267fc86bbf4ca71ea0a57ca30483"]
+    assert [h.hex() for h in hash_blocks(ROOT, range(8), 4)] == [
+        "9ca5c0149b5eb739c6c88784cfd9db71",
+        "82f8267fc86bbf4ca71ea0a57ca30483",
+    ]
     assert Namespace.from_facts({"model": "m"}).hex == "4dbb5bd6fe71d10f770ec759349506f2"
 
 
@@ -31,7 +34,11 @@ def test_hashes_do_not_depend_on_the_process():
     )
     first, second = (
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
     )

@@ -33,9 +33,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.tickets: dict[int, bytes] = {}
 
     def alive(self):
-        return {
-            lease: entry for lease, entry in self.leases.items() if self.now - entry[0] < LEASE_SECONDS
-        }
+        return {lease: entry for lease, entry in self.leases.items() if self.now - entry[0] < LEASE_SECONDS}
 
     @rule(prompt=prompts, length=lengths)
     def reserve(self, prompt, length):

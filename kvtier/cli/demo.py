@@ -1,0 +1,216 @@
+"""`kvtier demo`: a prefix computed once, then loaded on a restarted engine and on empty nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvtier.cli.s3server import S3Server
+from kvtier.config import Config, load_config
+from kvtier.errors import KvTierError
+
+NEW_TOKENS = 32
+ACT_TIMEOUT = 600.0
+
+ACCESS_KEY_ENV, SECRET_KEY_ENV = "KVTIER_DEMO_ACCESS_KEY", "KVTIER_DEMO_SECRET_KEY"
+
+
+class DemoFailed(KvTierError):  # noqa: N818 - reads as what it says
+    """The demo's outputs differ, or nothing came from the bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One engine process.
+
+    Attributes:
+        name: Short name in the JSON output.
+        title: What it shows, for people.
+        node: Whose disk it uses; a new name is an empty node.
+        half: Whether the prompt shares only its first half with the others.
+        cached: False for the reference: the same engine without any cache.
+    """
+
+    name: str
+    title: str
+    node: str
+    half: bool = False
+    cached: bool = True
+
+
+ACTS = (
+    Act("cold", "cold: everything is computed", "a"),
+    Act("restarted", "engine restarted on the same node", "a"),
+    Act("new_node", "new node, memory and disk empty", "b"),
+    Act("half_shared", "another prompt, half of it shared, on a third node", "c", half=True),
+    Act("half_reference", "that prompt without kvtier", "d", half=True, cached=False),
+)
+
+
+def run(config: Path | None, tokens: int, json_out: bool) -> None:
+    """Play the acts and print what each did.
+
+    Args:
+        config: Use the bucket of this file; None starts a server on loopback.
+        tokens: Length of the prompt.
+        json_out: Print one JSON object instead of a table.
+
+    Raises:
+        DemoFailed: An output differs from the one without loaded KV, or no byte came from the bucket.
+        KvTierError: The configuration is wrong, or an engine process failed.
+    """
+    with _bucket(config) as (bucket, environment), tempfile.TemporaryDirectory(prefix="kvtier-demo-") as base:
+        results = _play(bucket, environment, tokens, Path(base))
+    report = _report(results)
+    if json_out:
+        print(json.dumps(report))
+    else:
+        _print_table(report, tokens)
+    _verify(report)
+
+
+@contextmanager
+def _bucket(config: Path | None) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Yield the `s3` section that the acts use, and the environment with its credentials."""
+    prefix = f"demo-{secrets.token_hex(4)}"
+    if config is not None:
+        section = _section(load_config(config), config)
+        section["prefix"] = f"{section['prefix']}/{prefix}"
+        yield section, {}
+        return
+    with S3Server() as server:
+        server.create_bucket("kvtier")
+        section = {
+            "bucket": "kvtier",
+            "prefix": prefix,
+            "endpoint": server.endpoint,
+            "region": "us-east-1",
+            "access_key_env": ACCESS_KEY_ENV,
+            "secret_key_env": SECRET_KEY_ENV,
+        }
+        yield section, {ACCESS_KEY_ENV: server.access_key, SECRET_KEY_ENV: server.secret_key}
+
+
+def _section(config: Config, path: Path) -> dict[str, Any]:
+    if config.s3 is None:
+        raise KvTierError(f"{path} declares no s3 section; the demo needs a bucket")
+    keys = ("bucket", "prefix", "endpoint", "region", "access_key_env", "secret_key_env", "path_style")
+    return {key: value for key in keys if (value := getattr(config.s3, key)) is not None}
+
+
+def _play(
+    bucket: dict[str, Any], environment: dict[str, str], tokens: int, base: Path
+) -> dict[str, dict[str, Any]]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    results = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(ACTS))
+        for act in ACTS:
+            progress.update(task, description=act.title)
+            config_path = base / f"{act.name}.yaml"
+            config_path.write_text(yaml.safe_dump(_act_config(bucket, base / act.node)))
+            order = {"tokens": tokens, "new_tokens": NEW_TOKENS, "half": act.half, "cached": act.cached}
+            results[act.name] = _run_act(order, {**environment, "KVTIER_CONFIG": str(config_path)})
+            progress.advance(task)
+    return results
+
+
+def _act_config(bucket: dict[str, Any], disk: Path) -> dict[str, Any]:
+    return {
+        "memory": {"size": "1GiB"},
+        "disk": {"path": str(disk), "size": "1GiB"},
+        "s3": bucket,
+        # Prefill takes seconds on a CPU, so waiting for the whole prefix always wins here.
+        "lookup_wait": "5s",
+        "flush_timeout": "60s",
+    }
+
+
+def _run_act(order: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtier.cli.demo_act"],
+        input=json.dumps(order),
+        capture_output=True,
+        text=True,
+        timeout=ACT_TIMEOUT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise KvTierError(f"an engine process of the demo failed:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _report(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    same_prompt = {tuple(results[name]["output"]) for name in ("cold", "restarted", "new_node")}
+    same_half = {tuple(results[name]["output"]) for name in ("half_shared", "half_reference")}
+    acts = []
+    for act in ACTS:
+        result = results[act.name]
+        acts.append(
+            {"name": act.name, "title": act.title, **{k: v for k, v in result.items() if k != "output"}}
+        )
+    return {
+        "identical": len(same_prompt) == 1 and len(same_half) == 1,
+        "ttft_speedup_from_bucket": round(results["cold"]["ttft_s"] / results["new_node"]["ttft_s"], 2),
+        "acts": acts,
+    }
+
+
+def _verify(report: dict[str, Any]) -> None:
+    if not report["identical"]:
+        raise DemoFailed("the outputs with loaded KV differ from those without: this must never happen")
+    by_name = {act["name"]: act for act in report["acts"]}
+    for name in ("new_node", "half_shared"):
+        act = by_name[name]
+        if not act["bytes_from_bucket"] or not act["tokens_loaded"].get("s3"):
+            raise DemoFailed(f"act {name!r} loaded nothing from the bucket")
+
+
+def _print_table(report: dict[str, Any], tokens: int) -> None:
+    table = Table(title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens")
+    for column in (
+        "act",
+        "computed",
+        "memory",
+        "disk",
+        "bucket",
+        "MB from bucket",
+        "GET/PUT",
+        "ratio",
+        "TTFT s",
+    ):
+        table.add_column(column, justify="left" if column == "act" else "right")
+    for act in report["acts"]:
+        loaded, requests, ratio = act["tokens_loaded"], act["requests"], act["codec_ratio"]
+        table.add_row(
+            act["title"],
+            str(act["tokens_computed"]),
+            *(str(loaded.get(tier, 0)) for tier in ("memory", "disk", "s3")),
+            f"{act['bytes_from_bucket'] / 1e6:.1f}",
+            f"{requests.get('get', 0)}/{requests.get('put', 0)}",
+            f"{ratio:.2f}" if ratio else "-",
+            f"{act['ttft_s']:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    if report["identical"]:
+        console.print(
+            "outputs identical with and without loaded KV; first token from the bucket"
+            f" {report['ttft_speedup_from_bucket']:.1f} x sooner than cold"
+        )

@@ -1,0 +1,94 @@
+"""One engine process of the demo: order as JSON on standard input, result as JSON on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import email.message
+import inspect
+import json
+import logging
+import statistics
+import sys
+import time
+from typing import Any
+
+from kvtier.engine import Engine, EngineConfig, Request, Tokenizer, load_model, model_dir
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
+
+READY_SECONDS = 30.0
+"""How long to wait for the bucket's index before the first prompt; a real engine's start takes longer."""
+
+
+def main() -> None:
+    """Run one prompt through a fresh engine and say what it took."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    order = json.load(sys.stdin)
+    model = load_model(model_dir())
+    prompt = build_prompt(Tokenizer(model_dir()), order["tokens"], order["half"])
+    blocks = 2 * (len(prompt) + order["new_tokens"]) // 32 + 8
+    connector = (
+        {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
+        if order["cached"]
+        else {}
+    )
+    engine = Engine(model, EngineConfig(num_blocks=blocks), **connector)
+    leader = engine.connector.leader if engine.connector else None
+    # The first forward of a process pays for threads and caches; a server warms up before it serves.
+    engine.submit(Request(list(range(1, 20)), max_new_tokens=2))
+    engine.run()
+    if leader is not None:
+        wait_until_ready(leader)
+    before = stats(leader)
+    request = engine.submit(Request(prompt, max_new_tokens=order["new_tokens"]))
+    engine.run(timeout=300)
+    metrics, output = engine.metrics(request), engine.output(request)
+    loaded = {
+        tier: delta(before, stats(leader), f"hit_blocks_{tier}") * 32 for tier in ("memory", "disk", "s3")
+    }
+    engine.settle()
+    if leader is not None:
+        leader.flush(60)
+    after = stats(leader)
+    encoded = after.get("encoded_bytes", 0)
+    result = {
+        "tokens_computed": metrics.tokens_computed,
+        "tokens_loaded": {tier: tokens for tier, tokens in loaded.items() if tokens},
+        "bytes_from_bucket": delta(before, after, "s3_get_bytes"),
+        "ttft_s": metrics.ttft_s,
+        "codec_ratio": round(after["encoded_raw_bytes"] / encoded, 4) if encoded else None,
+        "requests": {kind: after.get(f"s3_{kind}_requests", 0) for kind in ("get", "put", "list")},
+        "output": output,
+    }
+    engine.close()
+    print(json.dumps(result))
+
+
+def build_prompt(tokenizer: Tokenizer, length: int, half: bool) -> list[int]:
+    """Return `length` tokens of Python's own source code; with `half` the second half is another text."""
+    first = tokenizer.encode(inspect.getsource(argparse))[:length]
+    if not half:
+        return first
+    other = tokenizer.encode(inspect.getsource(email.message) + inspect.getsource(statistics))
+    shared = length // 2
+    return first[:shared] + other[: length - shared]
+
+
+def wait_until_ready(leader: Any) -> None:
+    """Wait until the store has seen the bucket's index."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not leader.stats().get("s3_ready", 1) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def stats(leader: Any) -> dict[str, Any]:
+    """Return the store's statistics, or nothing without a connector."""
+    return dict(leader.stats()) if leader is not None else {}
+
+
+def delta(before: dict[str, Any], after: dict[str, Any], name: str) -> int:
+    """Return how much a counter grew."""
+    return int(after.get(name, 0) - before.get(name, 0))
+
+
+if __name__ == "__main__":
+    main()
