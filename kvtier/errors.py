@@ -27,7 +27,7 @@ class LayoutError(KvTierError):
     """The engine's KV pool has a layout that kvtier does not support."""
 
 
-class CorruptBlock(KvTierError):  # noqa: N818 - the field says "corrupt block"
+class CorruptBlock(KvTierError):
     """Encoded bytes that cannot be trusted: never decoded, never served, quarantined."""
 
 
@@ -35,13 +35,13 @@ class TierError(KvTierError):
     """A tier failed. Carries what a user can do about it."""
 
 
-class TierUnavailable(TierError):  # noqa: N818
+class TierUnavailable(TierError):
     """The tier does not answer at present: time-out, refused connection, throttling, 5xx."""
 
 
-class AccessDenied(TierError):  # noqa: N818
+class AccessDenied(TierError):
     """The tier refuses: wrong credentials, missing permission, missing bucket."""
 
 
-class TierFull(TierError):  # noqa: N818
+class TierFull(TierError):
     """The tier has no room left."""

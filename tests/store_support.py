@@ -1,4 +1,4 @@
-"""What the store's tests share: small blocks whose bytes follow from their hash, and a tier in a dictionary."""
+"""Shared by the store's tests: small blocks whose bytes follow from their hash, and a tier in a dict."""
 
 from __future__ import annotations
 

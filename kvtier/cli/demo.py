@@ -29,7 +29,7 @@ ACT_TIMEOUT = 600.0
 ACCESS_KEY_ENV, SECRET_KEY_ENV = "KVTIER_DEMO_ACCESS_KEY", "KVTIER_DEMO_SECRET_KEY"
 
 
-class DemoFailed(KvTierError):  # noqa: N818 - reads as what it says
+class DemoFailed(KvTierError):
     """The demo's outputs differ, or nothing came from the bucket."""
 
 

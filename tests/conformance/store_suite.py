@@ -18,7 +18,7 @@ class StoreSuite:
         """Return a store client over these tiers; closed by the fixture."""
         raise NotImplementedError
 
-    @pytest.fixture()
+    @pytest.fixture
     def client(self):
         client = self.make_client()
         yield client
