@@ -118,9 +118,11 @@ def _parse_text(text: str, source: str) -> Config:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_message(error, source)) from error
-    except (ValueError, RecursionError) as error:
-        # PyYAML lets these through: a date with a thirteenth month, a thousand brackets.
+    except ValueError as error:
+        # PyYAML lets it through, such as a date with a thirteenth month.
         raise ConfigError(f"{source}: is no valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: is nested too deeply") from error
     return _build(data, problems)
 
 
@@ -138,10 +140,12 @@ def _collect_lines(node: yaml.Node, section: _Key, lines: dict[_Key, int], probl
         return
     for key_node, value_node in node.value:
         key = (*section, str(key_node.value))
-        if key in lines:
-            problems.add(key, f"stands twice, first in line {lines[key]}; allowed: once")
+        first = lines.get(key)
         lines[key] = key_node.start_mark.line + 1
-        _collect_lines(value_node, key, lines, problems)
+        if first is None:
+            _collect_lines(value_node, key, lines, problems)
+        else:
+            problems.add(key, f"stands twice, first in line {first}; allowed: once")
 
 
 def _build(data: Any, problems: _Problems) -> Config:

@@ -14,7 +14,9 @@ from kvtier.errors import ConfigError
 
 
 def _duration(default: str, description: str) -> Any:
-    return Field(parse_duration(default), description=description, json_schema_extra={"default": default})
+    return Field(
+        default=parse_duration(default), description=description, json_schema_extra={"default": default}
+    )
 
 
 def _tidy(schema: dict[str, Any]) -> None:
@@ -38,7 +40,7 @@ class MemoryConfig(_Section):
 
     # The default is checked too: a small machine has less memory than that.
     size: Annotated[int, rules.MEMORY_SIZE] = Field(
-        4 << 30,
+        default=4 << 30,
         validate_default=True,
         description="Size of the arena in host memory.",
         json_schema_extra={"default": "4GiB"},
@@ -76,26 +78,31 @@ class S3Config(_Section):
     """
 
     bucket: Annotated[str, rules.BUCKET] = Field(description="Name of the bucket.")
-    prefix: Annotated[str, rules.PREFIX] = Field("kvtier", description="What every object key begins with.")
-    endpoint: Annotated[str, rules.ENDPOINT] | None = Field(
-        None, description="URL of the server; AWS without it."
+    prefix: Annotated[str, rules.PREFIX] = Field(
+        default="kvtier", description="What every object key begins with."
     )
-    region: Annotated[str, rules.REGION] | None = Field(None, description="Region of the bucket.")
+    endpoint: Annotated[str, rules.ENDPOINT] | None = Field(
+        default=None, description="URL of the server; AWS without it."
+    )
+    region: Annotated[str, rules.REGION] | None = Field(default=None, description="Region of the bucket.")
     access_key_env: Annotated[str, rules.KEY_SOURCE] | None = Field(
-        None, repr=False, description="Name of the environment variable with the access key."
+        default=None, repr=False, description="Name of the environment variable with the access key."
     )
     secret_key_env: Annotated[str, rules.KEY_SOURCE] | None = Field(
-        None, repr=False, description="Name of the environment variable with the secret key."
+        default=None, repr=False, description="Name of the environment variable with the secret key."
     )
     path_style: Annotated[bool, rules.FLAG] | None = Field(
-        None, description="Bucket in the path, not in the host name; by default if there is an endpoint."
+        default=None,
+        description="Bucket in the path, not in the host name; by default if there is an endpoint.",
     )
     connect_timeout: Annotated[float, rules.duration("1ms", "1m")] = _duration("2s", "Time to connect.")
     read_timeout: Annotated[float, rules.duration("1ms", "10m")] = _duration("5s", "Time without a byte.")
     index_refresh: Annotated[float, rules.duration("100ms", "1h")] = _duration(
         "2s", "Time between looks for what other nodes have stored."
     )
-    concurrency: Annotated[int, rules.CONCURRENCY] = Field(32, description="Requests under way at once.")
+    concurrency: Annotated[int, rules.CONCURRENCY] = Field(
+        default=32, description="Requests under way at once."
+    )
 
     @model_validator(mode="after")
     def _check_keys(self) -> S3Config:

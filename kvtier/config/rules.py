@@ -98,8 +98,8 @@ def _check_memory(value: Any, from_file: bool) -> int:
     available = machine.memory_bytes()
     if size > available:
         raise ValueError(
-            f"({size} bytes) is more memory than this machine has; allowed: less than "
-            f"{format_size(available)} ({available} bytes), with room left for the engine"
+            f"is more memory than this machine has; allowed: less than {format_size(available)}, with room "
+            f"left for the engine ({size} against {available} bytes)"
         )
     return size
 
