@@ -1,0 +1,151 @@
+"""How diskcache keeps a block: a row that names a file, and the file that holds the bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diskcache import UNKNOWN, Disk
+from diskcache.core import MODE_BINARY
+
+from kvtier.errors import CorruptBlock, TierUnavailable
+from kvtier.hashing import HASH_BYTES
+
+KEY_BYTES = 2 * HASH_BYTES
+"""A key is the namespace's id followed by the block's hash."""
+
+FILE_NAME = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-[0-9a-f]{12}\.val", re.ASCII)
+"""Names that may stand in a row, relative to the shard: the first byte of a block's hash, then the hash and
+a random part. Nothing else is ever opened or removed, whatever the database says."""
+
+_FILE_SYSTEM_BLOCK = 4096
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO that somebody put in a file's place must not stall the reader.
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class IncomingBlock:
+    """A block on its way into a file.
+
+    Attributes:
+        payload: Its bytes, flat.
+        file_name: Set as soon as the file may exist.
+    """
+
+    payload: memoryview
+    file_name: str = ""
+
+
+class BlockFiles(Disk):  # type: ignore[misc]
+    """A diskcache `Disk` that keeps raw keys, and values as bytes in files; nothing is pickled or unpickled.
+
+    The row of a block has its file's name and its length. A file is complete before its row is committed,
+    and a row is gone before its file is removed, so a crash leaves whole blocks and files without a row.
+
+    Attributes:
+        on_remove: Called with the hash of every block whose file was removed, that is, evicted, deleted or
+            replaced.
+    """
+
+    def __init__(
+        self, directory: str, min_file_size: int = 0, pickle_protocol: int = 0, max_payload_bytes: int = 0
+    ) -> None:
+        """Take diskcache's settings `disk_*`; `min_file_size` and `pickle_protocol` mean nothing here."""
+        super().__init__(directory)
+        self.max_payload_bytes = max_payload_bytes
+        self.on_remove: Callable[[bytes], object] = lambda block_hash: None
+
+    def put(self, key: bytes) -> tuple[bytes, bool]:
+        """Return the key as it stands in the database, and that it is raw."""
+        if type(key) is not bytes:
+            raise TypeError(f"keys are bytes, not {type(key).__name__}")
+        return key, True
+
+    def get(self, key: object, raw: bool) -> bytes:
+        """Return a key from the database.
+
+        Raises:
+            CorruptBlock: It is not one that `put` made.
+        """
+        if not raw or not isinstance(key, bytes):
+            raise CorruptBlock("a key in the disk tier's database is not raw bytes")
+        return key
+
+    def store(self, value: IncomingBlock, read: bool, key: bytes = UNKNOWN) -> tuple[int, int, str, int]:
+        """Write a block to a file of its own.
+
+        Returns:
+            Size on the file system in bytes, mode, file name, and the exact length for the value column.
+
+        Raises:
+            OSError: The file could not be written; nothing of it is left.
+        """
+        block_hash = key[HASH_BYTES:].hex()
+        value.file_name = f"{block_hash[:2]}/{block_hash}-{os.urandom(6).hex()}.val"
+        path = os.path.join(self._directory, value.file_name)
+        try:
+            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
+        try:
+            rest = value.payload
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+        length = value.payload.nbytes
+        size = -(-length // _FILE_SYSTEM_BLOCK) * _FILE_SYSTEM_BLOCK
+        return size, MODE_BINARY, value.file_name, length
+
+    def fetch(self, mode: object, filename: object, value: object, read: bool) -> bytes:
+        """Read a block whole.
+
+        Raises:
+            FileNotFoundError: The file is gone: evicted a moment ago.
+            CorruptBlock: The row is not one that `store` made, or the file has not the row's length.
+            TierUnavailable: The file cannot be read.
+        """
+        if (
+            mode != MODE_BINARY
+            or not isinstance(filename, str)
+            or not FILE_NAME.fullmatch(filename)
+            or type(value) is not int
+            or not 0 <= value <= self.max_payload_bytes
+        ):
+            raise CorruptBlock("a row in the disk tier's database does not describe a block")
+        try:
+            descriptor = os.open(os.path.join(self._directory, filename), _READ_FLAGS)
+            try:
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode) or found.st_size != value:
+                    raise CorruptBlock(f"a block's file has {found.st_size} bytes, its row says {value}")
+                payload = os.read(descriptor, value)
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise TierUnavailable(f"a block's file cannot be read: {error}") from error
+        if len(payload) != value:
+            raise CorruptBlock(f"a block's file ended after {len(payload)} of {value} bytes")
+        return payload
+
+    def remove(self, file_path: object) -> None:
+        """Remove a block's file, if it is there and its name is one that `store` made."""
+        name = FILE_NAME.fullmatch(file_path) if isinstance(file_path, str) else None
+        if name is None:
+            return
+        # What cannot be removed now is an orphan, which the next sweep finds.
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._directory, name[0]))
+        self.on_remove(bytes.fromhex(name[1]))

@@ -1,0 +1,331 @@
+"""One shard of the disk tier: a diskcache `Cache` that is opened, repaired and swept on its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from diskcache import DEFAULT_SETTINGS, EVICTION_POLICY, Cache
+
+from kvtier.errors import CorruptBlock, TierUnavailable
+from kvtier.hashing import HASH_BYTES
+from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFiles, IncomingBlock
+from kvtier.tiers.disk_health import Health
+
+SET_ASIDE = ".damaged-"
+"""Stands between the name of a shard that was set aside, to be deleted, and a random part."""
+
+_BUSY_SECONDS = 0.5
+_DATABASE = "cache.db"
+
+# diskcache's own least-recently-used policy writes to the database, under its write lock, on every read:
+# half as much time again for 1 MiB from the page cache. Here reads only note what was used, and `maintain`
+# writes the access times in one transaction.
+_POLICY = "kvtier-least-recently-used"
+EVICTION_POLICY[_POLICY] = {**EVICTION_POLICY["least-recently-used"], "get": None}
+
+_SETTINGS = {
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": _POLICY,
+    # Evicting is up to `write`: diskcache evicts a fixed number of rows whatever their size.
+    "cull_limit": 0,
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 1024,
+    # Neither a write-ahead log, whose index is mapped memory, nor a mapped database: should somebody truncate
+    # such a file, the next access is a SIGBUS, and the process is gone.
+    "sqlite_journal_mode": "truncate",
+    "sqlite_mmap_size": 0,
+    # Safe when the process is killed. After a power failure the database may be damaged: an empty cache.
+    "sqlite_synchronous": 0,
+    "disk_min_file_size": 0,
+    "disk_pickle_protocol": 0,
+}
+_SETTING_NAMES = {*DEFAULT_SETTINGS, *_SETTINGS, "disk_max_payload_bytes", "count", "size", "hits", "misses"}
+
+
+class DiskShard:
+    """A directory with one SQLite database and the files that it names.
+
+    A shard whose database is damaged is set aside and begun anew, empty; one that cannot be opened for
+    another reason holds nothing until `maintain` can open it. No method raises.
+
+    Attributes:
+        held: Hashes of the blocks believed to be here; read by anybody, changed by the shard alone.
+        size_bytes: Files and database together, when last looked at.
+    """
+
+    def __init__(
+        self, directory: Path, namespace: bytes, max_payload_bytes: int, limit_bytes: int, health: Health
+    ) -> None:
+        self.held: set[bytes] = set()
+        self.size_bytes = 0
+        self._directory = directory
+        self._namespace = namespace
+        self._max_payload_bytes = max_payload_bytes
+        self._limit_bytes = limit_bytes
+        self._health = health
+        # Guards which cache is the current one; never held while blocks are read or written.
+        self._lock = threading.Lock()
+        self._cache: Cache | None = None
+        self._identity: tuple[int, int] | None = None
+        self._closed = False
+        self._swept = False
+        self._used_lock = threading.Lock()
+        self._used: dict[bytes, float] = {}
+        self._renew(None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the shard can serve."""
+        return self._cache is not None
+
+    def read(self, block_hash: bytes, used_at: float) -> bytes | None:
+        """Return a block, or None and forget it if it is gone; `used_at` is in seconds since the epoch."""
+        cache = self._cache
+        if cache is None or block_hash not in self.held:
+            return None
+        key = self._namespace + block_hash
+        try:
+            payload: bytes | None = cache.get(key)
+        except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
+            cause = self._health.failed(error)
+            if isinstance(error, CorruptBlock):
+                self._delete(cache, block_hash)
+            elif isinstance(error, TierUnavailable):
+                self.held.discard(block_hash)
+            else:
+                self._recover(cache, cause)
+            return None
+        if payload is None:
+            self._delete(cache, block_hash)
+            return None
+        with self._used_lock:
+            self._used[block_hash] = used_at
+        return payload
+
+    def write(self, block_hash: bytes, payload: memoryview) -> bool:
+        """Keep a block unless it is held already, and evict what has become too much.
+
+        Returns:
+            Whether the block is held.
+        """
+        if block_hash in self.held:
+            return True
+        cache = self._cache
+        if cache is None or self._health.paused:
+            return False
+        key = self._namespace + block_hash
+        incoming = IncomingBlock(payload)
+        try:
+            # Another process may have written it, or this one before it forgot.
+            if key not in cache:
+                cache.set(key, incoming)
+                self._health.count("writes")
+        except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a block not kept
+            cache.disk.remove(incoming.file_name)
+            cause = self._health.failed(error)
+            self._health.wrote(cause)
+            self._recover(cache, cause)
+            return False
+        self._health.wrote(None)
+        self.held.add(block_hash)
+        self._shrink(cache)
+        return True
+
+    def discard(self, block_hash: bytes) -> None:
+        """Forget a block and remove its file."""
+        cache = self._cache
+        if cache is None:
+            return
+        self._delete(cache, block_hash)
+
+    def maintain(self, sweep_before_ns: int) -> None:
+        """Do what is not urgent: reopen, sweep once, write access times, look at the size.
+
+        Args:
+            sweep_before_ns: Files without a row are removed if last written before this, ns since the epoch.
+        """
+        cache = self._cache
+        if cache is None or self._moved():
+            self._renew(cache)
+            return
+        try:
+            if not self._swept:
+                self._sweep(sweep_before_ns)
+                self._swept = True
+            self._write_access_times()
+            self.size_bytes = cache.volume()
+        except Exception as error:  # noqa: BLE001 - whatever a damaged shard does, the others go on
+            self._recover(cache, self._health.failed(error))
+
+    def close(self) -> None:
+        """Write what is noted and let go of the database; from then on nothing is held."""
+        with self._lock:
+            cache, self._cache, self._closed = self._cache, None, True
+            self.held = set()
+        if cache is None:
+            return
+        try:
+            self._write_access_times()
+            cache.close()
+        except Exception as error:  # noqa: BLE001 - closing loses at most the order of eviction
+            self._health.failed(error)
+
+    def _shrink(self, cache: Cache) -> None:
+        try:
+            self.size_bytes = cache.volume()
+            if self.size_bytes > self._limit_bytes:
+                self._health.count("evictions", cache.cull())
+                self.size_bytes = cache.volume()
+        except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
+            self._recover(cache, self._health.failed(error))
+
+    def _delete(self, cache: Cache, block_hash: bytes) -> None:
+        self.held.discard(block_hash)
+        try:
+            cache.delete(self._namespace + block_hash)
+        except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
+            self._recover(cache, self._health.failed(error))
+
+    def _recover(self, cache: Cache, cause: str) -> None:
+        """Make the shard usable again after an error, if it can be."""
+        # A failed commit may leave this thread's connection inside its transaction for ever.
+        with contextlib.suppress(sqlite3.Error):
+            cache.close()
+        if cause == "corrupt" or self._moved():
+            self._renew(cache, damaged=cause == "corrupt")
+
+    def _renew(self, old: Cache | None, damaged: bool = False) -> None:
+        """Open the database again, empty if it is damaged; nothing if another thread has replaced `old`."""
+        with self._lock:
+            if self._cache is not old or self._closed:
+                return
+            self._cache = None
+            self.held = set()
+            self.size_bytes = 0
+            try:
+                if damaged and not self._moved():
+                    self._set_aside()
+                try:
+                    self._open()
+                except Exception as error:
+                    if self._health.failed(error) != "corrupt":
+                        raise
+                    self._set_aside()
+                    self._open()
+            except Exception as error:  # noqa: BLE001 - not to be opened now: everything is a miss, and tried later
+                self._health.wrote(self._health.failed(error))
+
+    def _open(self) -> None:
+        self._refuse_foreign()
+        cache = Cache(
+            str(self._directory),
+            timeout=_BUSY_SECONDS,
+            disk=BlockFiles,
+            size_limit=self._limit_bytes,
+            disk_max_payload_bytes=self._max_payload_bytes,
+            **_SETTINGS,
+        )
+        found = os.stat(self._directory / _DATABASE)
+        held: set[bytes] = set()
+        cache.disk.on_remove = held.discard
+        with self._connect() as database:
+            # The conditions on the other columns keep absurd rows from ever being fetched.
+            keys = database.execute(
+                "SELECT key FROM Cache WHERE key >= ? AND key < ? AND length(key) = ? AND raw = 1"
+                " AND typeof(value) = 'integer' AND length(filename) < 64",
+                (self._namespace, self._namespace + b"\xff" * (HASH_BYTES + 1), KEY_BYTES),
+            )
+            held.update(key[HASH_BYTES:] for (key,) in keys)
+        self.size_bytes = cache.volume()
+        self.held = held
+        self._identity = (found.st_dev, found.st_ino)
+        self._cache = cache
+
+    def _refuse_foreign(self) -> None:
+        """Raise CorruptBlock if what lies in the shard's place must not be given to diskcache.
+
+        diskcache sets an attribute for every setting that it finds in the database, whatever its name.
+        """
+        database_path = self._directory / _DATABASE
+        try:
+            if not stat.S_ISREG(os.lstat(database_path).st_mode):
+                raise CorruptBlock("the database of a shard is not a file")
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise CorruptBlock("a shard is not a directory") from None
+        with self._connect() as database:
+            tables = {
+                name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            }
+            names = set(database.execute("SELECT key FROM Settings")) if "Settings" in tables else set()
+        foreign = {name for (name,) in names} - _SETTING_NAMES
+        if foreign:
+            raise CorruptBlock(f"the database of a shard has {len(foreign)} foreign settings")
+
+    def _set_aside(self) -> None:
+        self._health.count("shards_reset")
+        os.rename(self._directory, f"{self._directory}{SET_ASIDE}{os.urandom(6).hex()}")
+
+    def _moved(self) -> bool:
+        """Whether the database is not the file any more that was opened."""
+        try:
+            found = os.stat(self._directory / _DATABASE)
+        except OSError:
+            return True
+        return (found.st_dev, found.st_ino) != self._identity
+
+    def _write_access_times(self) -> None:
+        with self._used_lock:
+            used, self._used = self._used, {}
+        if not used:
+            return
+        rows = [(used_at, self._namespace + block_hash) for block_hash, used_at in used.items()]
+        with self._connect() as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1", rows)
+            database.execute("COMMIT")
+
+    def _sweep(self, before_ns: int) -> None:
+        """Remove files without a row, as a crash between file and row leaves them, and add up the size."""
+        # Rows are looked up after the files, so that a block committed meanwhile has its row among them.
+        orphans = set(self._files())
+        with self._connect() as database:
+            orphans.difference_update(name for (name,) in database.execute("SELECT filename FROM Cache"))
+            database.execute(
+                "UPDATE Settings SET value = (SELECT COALESCE(SUM(size), 0) FROM Cache) WHERE key = 'size'"
+            )
+        for name in orphans:
+            path = self._directory / name
+            with contextlib.suppress(FileNotFoundError):
+                if os.lstat(path).st_mtime_ns < before_ns:
+                    os.unlink(path)
+                    self._health.count("orphans_removed")
+
+    def _files(self) -> Iterator[str]:
+        for folder in os.scandir(self._directory):
+            if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False):
+                for file in os.scandir(folder.path):
+                    name = f"{folder.name}/{file.name}"
+                    if FILE_NAME.fullmatch(name):
+                        yield name
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        """Open the database for what diskcache has no call for."""
+        database = sqlite3.connect(
+            self._directory / _DATABASE, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            database.execute("PRAGMA mmap_size = 0")
+            database.execute("PRAGMA synchronous = OFF")
+            yield database
+        finally:
+            database.close()
