@@ -343,5 +343,4 @@ class MemoryTier:
     def _release(self, slot: int) -> None:
         """Make a slot free that nobody can find, pins or fills."""
         self._hash[slot] = None
-        if not self._closed:
-            self._free.append(slot)
+        self._free.append(slot)
