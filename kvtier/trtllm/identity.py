@@ -1,0 +1,165 @@
+"""What the engine's arguments say about the KV cache, and the namespace that follows from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvtier.errors import LayoutError
+from kvtier.hashing import Namespace
+from kvtier.layout import BlockLayout
+from kvtier.trtllm.fields import as_int, as_plain, as_text, dig
+from kvtier.trtllm.interface import world_size
+from kvtier.trtllm.weights import model_config, model_facts
+
+DEFAULT_TOKENS_PER_BLOCK = 32
+"""The engine's own default."""
+
+_DTYPES = {
+    "fp8": "float8_e4m3fn",
+    "e4m3": "float8_e4m3fn",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """The engine's arguments, as far as they concern the KV cache. Missing ones have the engine's defaults.
+
+    Attributes:
+        model: Identity of the model and its weights, plain JSON data.
+        numerics: Other arguments that change the bytes of a block: dtype, quantization, attention backend.
+        tokens_per_block: Tokens in a block.
+        kv_dtype: torch's name of the KV dtype that was asked for, None for "auto".
+        ranks: Processes that each hold a shard.
+        plain_ranks: No pipeline or context parallelism: every rank has all layers of its heads.
+        host_cache_bytes: Size of the engine's own host and disk tiers below the GPU.
+        attention_layers: Layers with a KV cache, None where not known for certain.
+    """
+
+    model: Mapping[str, Any]
+    numerics: Mapping[str, Any]
+    tokens_per_block: int
+    kv_dtype: str | None
+    ranks: int
+    plain_ranks: bool
+    host_cache_bytes: int
+    attention_layers: int | None
+    model_dtype: str | None = field(compare=False)
+
+    @classmethod
+    def read(cls, llm_args: object) -> EngineFacts:
+        """Read the engine's arguments; what is missing or of another type counts as not given."""
+        model, revision = as_text(dig(llm_args, "model")), as_text(dig(llm_args, "revision"))
+        config = model_config(model, revision)
+        ranks = (
+            as_int(dig(llm_args, "tensor_parallel_size")),
+            as_int(dig(llm_args, "parallel_config", "world_size")),
+            world_size(),
+        )
+        others = [as_int(dig(llm_args, f"{kind}_parallel_size")) or 1 for kind in ("pipeline", "context")]
+        identity = model_facts(model, revision)
+        tiers = [
+            as_int(dig(llm_args, "kv_cache_config", f"{kind}_cache_size")) or 0 for kind in ("host", "disk")
+        ]
+        return cls(
+            model=identity,
+            numerics=_numerics(llm_args),
+            tokens_per_block=as_int(dig(llm_args, "kv_cache_config", "tokens_per_block"))
+            or DEFAULT_TOKENS_PER_BLOCK,
+            kv_dtype=_kv_dtype(llm_args, identity),
+            ranks=max(1, *(known or 1 for known in ranks)),
+            plain_ranks=max(others) == 1,
+            host_cache_bytes=sum(tiers),
+            attention_layers=_attention_layers(config),
+            model_dtype=as_text(config.get("torch_dtype") or config.get("dtype")),
+        )
+
+    def canonical(self) -> str:
+        """Return a text that is equal for equal facts, and only for those."""
+        return json.dumps(
+            [self.model, self.numerics, self.tokens_per_block, self.kv_dtype, self.ranks], sort_keys=True
+        )
+
+    def namespace(self, layout: BlockLayout, pool: Mapping[str, Any]) -> Namespace:
+        """Return the namespace of blocks of this layout.
+
+        Args:
+            layout: Geometry of a block; its dtype is the pool's own.
+            pool: What else tells one arrangement of the pool from another, plain JSON data.
+        """
+        asked = {"kv_dtype": self.kv_dtype} if self.kv_dtype not in (None, layout.dtype) else {}
+        return Namespace.from_facts(
+            {
+                "engine": "tensorrt_llm",
+                "model": self.model,
+                "numerics": self.numerics,
+                "tensor_parallel_size": self.ranks,
+                "layout": layout.describe(),
+                "pool": pool,
+                **asked,
+            }
+        )
+
+    def refuse_unsupported(self) -> None:
+        """Refuse what no pool can make good.
+
+        Raises:
+            LayoutError: The engine moves blocks between the GPU and a tier of its own.
+        """
+        if self.host_cache_bytes > 0:
+            raise LayoutError(
+                "kv_cache_config.host_cache_size (or disk_cache_size) is above 0: block ids then do not index"
+                " the GPU pool; set it to 0, kvtier is the host tier"
+            )
+
+
+def torch_name(name: str) -> str:
+    """Return torch's name of a dtype that is written as TensorRT-LLM or as torch writes it."""
+    short = name.lower().removeprefix("torch.").removeprefix("datatype.")
+    return _DTYPES.get(short, short)
+
+
+def _kv_dtype(llm_args: object, model: Mapping[str, Any]) -> str | None:
+    asked = as_text(dig(llm_args, "kv_cache_config", "dtype"))
+    if asked and asked.lower() != "auto":
+        return torch_name(asked)
+    stored = model.get("quantization")
+    stored = stored.get("quantization") if isinstance(stored, dict) else None
+    stored = stored.get("kv_cache_quant_algo") if isinstance(stored, dict) else None
+    algorithm = as_text(dig(llm_args, "quant_config", "kv_cache_quant_algo")) or as_text(stored)
+    return torch_name(algorithm) if algorithm else None
+
+
+def _numerics(llm_args: object) -> dict[str, Any]:
+    """Collect arguments that change what a block's bytes are: values, or their order inside a row."""
+    given = {
+        "dtype": as_text(dig(llm_args, "dtype")),
+        "attention_backend": as_text(dig(llm_args, "attn_backend")),
+        "quantization": as_text(dig(llm_args, "quant_config", "quant_algo")),
+        "model_kwargs": as_plain(dig(llm_args, "model_kwargs")),
+        "sparse_attention": as_text(dig(llm_args, "sparse_attention_config", "algorithm")),
+    }
+    return {name: value for name, value in given.items() if value is not None and value != "auto"}
+
+
+def _attention_layers(config: Mapping[str, Any]) -> int | None:
+    layers = as_int(config.get("num_hidden_layers"))
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        return sum(kind in _ATTENTION_LAYERS for kind in kinds)
+    mixed = (
+        "layers_block_type",
+        "hybrid_override_pattern",
+        "attn_layer_period",
+        "block_configs",
+        "mamba_d_state",
+    )
+    return None if any(key in config for key in mixed) else layers

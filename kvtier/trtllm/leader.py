@@ -1,0 +1,310 @@
+"""The leader: promises blocks to the scheduler, and tells the workers what to load and what to save."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.trtllm.fields import as_int
+from kvtier.trtllm.guard import BrokenPromise, shielded
+from kvtier.trtllm.interface import KvCacheConnectorScheduler
+from kvtier.trtllm.meta import ConnectorMeta, Load, Pages, Save
+from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported
+from kvtier.trtllm.runtime import LEADER, Ready, Runtime, join
+from kvtier.trtllm.table import RequestTable
+
+_log = logging.getLogger(__name__)
+
+
+def _no_saves() -> tuple[Save, ...]:
+    return ()
+
+
+class KvTierConnectorLeader(KvCacheConnectorScheduler):
+    """Answers the scheduler from what lies verified in host memory, and never asynchronously.
+
+    A promise cannot be taken back, so only leased blocks are promised, and the loads are put into the
+    metadata before anything that may fail. Whatever else goes wrong is counted, and is a miss.
+    """
+
+    def __init__(self, llm_args: Any) -> None:
+        """Found this engine's place in the process; the pool, and with it the store, comes later.
+
+        Raises:
+            ConfigError: There is no configuration, or it is wrong.
+        """
+        super().__init__(llm_args)
+        self._counters = Counters()
+        self._session = secrets.randbits(62) | 1
+        self._runtime: Runtime = join(llm_args, LEADER, self._session)
+        self._requests = RequestTable()
+        self._nothing = ConnectorMeta(self._session)
+
+    @shielded(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Promise the blocks that follow the local match, as far as they can be loaded at once.
+
+        Args:
+            request: The engine's request.
+            num_computed_tokens: Tokens matched in the GPU's pool.
+
+        Returns:
+            Tokens that can be loaded beyond them, a multiple of the block size that leaves at least one
+            token of the prompt to be computed; and False: the load happens in front of the next pass.
+        """
+        ready = self._runtime.ready
+        if ready is None:
+            return 0, False
+        self._counters.add("lookups")
+        state = self._meet(request, ready)
+        self._drop_promise(state, ready)
+        tokens = list(request.get_tokens(0))
+        state.see_tokens(tokens)
+        size = state.tokens_per_block
+        if state.identity is None or num_computed_tokens % size:
+            return 0, False
+        prompt = min(len(tokens), as_int(getattr(request, "prompt_len", None)) or len(tokens))
+        first, last = num_computed_tokens // size, (prompt - 1) // size
+        if first >= last:
+            return 0, False
+        match = ready.store.match(state.hash_through(last)[first:last])
+        blocks = len(match.slots)
+        self._counters.add("looked_up_tokens", (last - first) * size)
+        if blocks == 0:
+            return 0, False
+        state.promise = Promise(match.lease, first, match.slots)
+        state.request = request
+        for tier, count in match.sources.items():
+            self._counters.add(f"promised_tokens_{tier}", count * size)
+        return blocks * size, False
+
+    @shielded(lambda: None)
+    def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
+        """Note the pages that a request was given; also asked when block reuse is off."""
+        self._see_allocation(request, [list(block_ids)])
+
+    @shielded(lambda: None)
+    def update_state_after_alloc_by_layer_group(
+        self, request: Any, block_ids_by_layer_group: Sequence[list[int]]
+    ) -> None:
+        """Note the pages that a request was given in each layer group."""
+        self._see_allocation(request, [list(pages) for pages in block_ids_by_layer_group])
+
+    def build_connector_meta(self, scheduler_output: Any) -> ConnectorMeta:
+        """Give the orders for the coming pass: every promised block is loaded, every whole block saved.
+
+        Raises:
+            BrokenPromise: A promised block cannot be loaded.
+        """
+        ready = self._runtime.ready
+        scheduled = self._advance(scheduler_output)
+        loads = tuple([self._keep_promise(state, ready) for state, _ in scheduled if state.promise])
+        saves = self._saves(scheduled, ready) if ready else ()
+        self._sweep(ready)
+        return ConnectorMeta(self._session, loads, saves) if loads or saves else self._nothing
+
+    @shielded(lambda: False)
+    def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
+        """Leave the blocks that the last pass completed to the workers.
+
+        Returns:
+            Whether there are any: the engine then keeps the pages until `get_finished` names the request.
+        """
+        return self._finish(request, [list(cache_block_ids)])
+
+    @shielded(lambda: False)
+    def request_finished_by_layer_group(
+        self, request: Any, cache_block_ids_by_layer_group: Sequence[list[int]]
+    ) -> bool:
+        """Do the same with one list of pages for each layer group."""
+        return self._finish(request, [list(pages) for pages in cache_block_ids_by_layer_group])
+
+    def stats(self) -> Mapping[str, int | float]:
+        """Return this leader's counters, and the store's as `store_...`."""
+        values = self._counters.snapshot()
+        values["requests"] = len(self._requests)
+        ready = self._runtime.ready
+        if ready is not None:
+            values.update({f"store_{name}": value for name, value in ready.store.stats().items()})
+        return values
+
+    def close(self) -> None:
+        """Leave; the store closes when all of the engine's parts have left.
+
+        The engine never calls this: without it the same happens when the leader is collected, or at exit.
+        """
+        self._runtime.leave(LEADER)
+
+    def _meet(self, request: Any, ready: Ready) -> RequestState:
+        """Return the state of a request, a new one if its identity is not what it was."""
+        identity = Identity.of(request)
+        note_unsupported(identity)
+        state = self._requests.hear(request.request_id)
+        if state is None or state.identity != identity:
+            if state is not None:
+                self._drop_promise(state, ready)
+            state = RequestState.start(identity, ready.namespace, ready.store.layout.tokens_per_block)
+            self._requests.add(request.request_id, state)
+        return state
+
+    def _see_allocation(self, request: Any, pages: list[list[int]]) -> None:
+        ready = self._runtime.ready
+        if ready is None:
+            return
+        state = self._requests.hear(request.request_id)
+        if state is None or state.promise is None:
+            state = self._meet(request, ready)
+        else:
+            state.request = request
+            if Identity.of(request) != state.identity:
+                # The engine's Python object knows more than the C++ one that the promise was made to.
+                state.identity = None
+        state.see_allocation(pages)
+
+    def _advance(self, scheduler_output: Any) -> list[tuple[RequestState, int]]:
+        """Take the coming pass into its requests' states; returns these with their valid tokens after it."""
+        scheduled = []
+        for name in ("new_requests", "cached_requests"):
+            for data in getattr(scheduler_output, name, None) or ():
+                state = self._requests.hear(data.request_id)
+                if state is None:
+                    continue
+                try:
+                    valid = state.advance(data, is_new=name == "new_requests")
+                except Exception as error:
+                    self._counters.add("errors_advance")
+                    log_once(_log, "advance", "a request cannot be followed, it is not cached: %r", error)
+                    self._requests.pop(data.request_id)
+                    if state.promise:
+                        raise BrokenPromise(
+                            f"a request with promised blocks cannot be read: {error!r}"
+                        ) from error
+                    continue
+                scheduled.append((state, valid))
+        return scheduled
+
+    def _keep_promise(self, state: RequestState, ready: Ready | None) -> Load:
+        """Turn a promise into the order to load it.
+
+        All of it is loaded where there are pages, even if the engine honours less: the rest of the pages are
+        this request's own, and what is not honoured is computed later, over the same content. A group that
+        has no page for a block (its window has passed it) needs no bytes there.
+
+        Raises:
+            BrokenPromise: The lease has run out and the blocks are gone, or the engine counts on blocks
+                without telling their pages.
+        """
+        promise, state.promise = state.promise, None
+        if promise is None or ready is None:
+            raise BrokenPromise("blocks were promised, and their store is closed")
+        blocks = range(promise.first, promise.first + len(promise.slots))
+        if not ready.store.renew(promise.lease):
+            promise = self._promise_again(state, promise, ready)
+        state.request = None
+        orders: list[tuple[int, Pages]] = []
+        for block, slot in zip(blocks, promise.slots, strict=True):
+            pages = state.pages_of(block, ready.groups)
+            if pages is None:
+                if block * state.tokens_per_block < state.computed:
+                    raise BrokenPromise(f"block {block} was promised, and the engine tells no page for it")
+                break
+            orders.append((slot, pages))
+        self._counters.add("loaded_tokens", len(orders) * state.tokens_per_block)
+        return Load(promise.lease, tuple(orders))
+
+    def _promise_again(self, state: RequestState, promise: Promise, ready: Ready) -> Promise:
+        """Find promised blocks whose lease has run out: the engine took a minute from lookup to load."""
+        last = promise.first + len(promise.slots)
+        match = ready.store.match(state.hash_through(last)[promise.first : last])
+        if len(match.slots) < len(promise.slots):
+            raise BrokenPromise(
+                "promised blocks lost their lease before the engine came for them, and are gone"
+            )
+        return Promise(match.lease, promise.first, match.slots)
+
+    @shielded(_no_saves)
+    def _saves(self, scheduled: Sequence[tuple[RequestState, int]], ready: Ready) -> tuple[Save, ...]:
+        saves: list[Save] = []
+        try:
+            for state, valid in scheduled:
+                if state.identity and valid // state.tokens_per_block > state.handled:
+                    self._offer(state, valid // state.tokens_per_block, ready, saves)
+        except Exception:
+            ready.store.abort([save.ticket for save in saves])
+            raise
+        return tuple(saves)
+
+    def _offer(self, state: RequestState, blocks: int, ready: Ready, saves: list[Save]) -> None:
+        """Reserve slots for those of the leading `blocks` blocks that were not offered yet.
+
+        Blocks that were matched or loaded are offered too, once: what fell out of the arena comes back.
+        """
+        hashes = state.hash_through(blocks)
+        run: list[Pages] = []
+        for block in range(state.handled, blocks):
+            pages = state.pages_of(block, ready.groups)
+            if pages is None:
+                break
+            state.handled = block + 1
+            if state.can_save(block, pages, ready.groups):
+                run.append(pages)
+            else:
+                self._reserve(state, block, hashes, run, ready, saves)
+        self._reserve(state, state.handled, hashes, run, ready, saves)
+
+    def _reserve(
+        self,
+        state: RequestState,
+        end: int,
+        hashes: Sequence[bytes],
+        run: list[Pages],
+        ready: Ready,
+        saves: list[Save],
+    ) -> None:
+        """Reserve slots for the run of blocks that ends before `end`, and empty it."""
+        if not run:
+            return
+        first = end - len(run)
+        tickets = ready.store.reserve(state.hash_before(first), first, hashes[first:end])
+        saves += [
+            Save(ticket, pages) for ticket, pages in zip(tickets, run, strict=True) if ticket is not None
+        ]
+        run.clear()
+
+    def _finish(self, request: Any, pages: list[list[int]]) -> bool:
+        state, ready = self._requests.pop(request.request_id), self._runtime.ready
+        if state is None or ready is None:
+            return False
+        self._drop_promise(state, ready)
+        tokens = list(request.get_tokens(0))
+        if state.identity is None or tokens[: len(state.tokens)] != state.tokens:
+            return False
+        state.tokens, state.pages = tokens, pages
+        # These pages are told now, with -1 where there is none any more.
+        state.fresh = 0
+        saves: list[Save] = []
+        try:
+            self._offer(state, state.settled(len(tokens)) // state.tokens_per_block, ready, saves)
+        except Exception:
+            ready.store.abort([save.ticket for save in saves])
+            raise
+        if saves:
+            self._runtime.add_tail(request.request_id, saves)
+        return bool(saves)
+
+    @shielded(lambda: None)
+    def _sweep(self, ready: Ready | None) -> None:
+        for state in self._requests.pop_silent():
+            self._counters.add("silent_requests")
+            if ready is not None:
+                self._drop_promise(state, ready)
+        self._runtime.drop_old_tails()
+
+    def _drop_promise(self, state: RequestState, ready: Ready) -> None:
+        promise, state.promise, state.request = state.promise, None, None
+        if promise is not None:
+            ready.store.release(promise.lease)

@@ -1,0 +1,270 @@
+"""The engine's KV pool as rows of bytes: one block copied in, one block copied out."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kvtier.errors import LayoutError
+from kvtier.layout import ITEM_BYTES, BlockLayout
+from kvtier.trtllm.fields import as_int, as_text, dig
+from kvtier.trtllm.guard import BrokenPromise
+from kvtier.trtllm.identity import EngineFacts, torch_name
+from kvtier.trtllm.meta import Pages
+
+NO_PAGE = -1
+"""What the engine writes where a block has no page in a layer group."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageGroup:
+    """One space of page ids.
+
+    Attributes:
+        id: Index of its list among the engine's lists of pages.
+        window: Tokens of its attention window, None for full attention.
+    """
+
+    id: int
+    window: int | None = None
+
+
+class Pool(Protocol):
+    """The blocks of one rank. `layout` has one shard: this rank's part of a block.
+
+    Attributes:
+        layout: Geometry of this rank's part of a block.
+        groups: The spaces of page ids, in the order of `Pages`.
+        device: Where the bytes lie.
+        signature: What else tells this arrangement from another, plain JSON data.
+    """
+
+    layout: BlockLayout
+    groups: tuple[PageGroup, ...]
+    device: torch.device
+    signature: dict[str, Any]
+
+    def copy_in(self, slot: torch.Tensor, pages: Pages) -> None:
+        """Write a block, uint8 `[shard_bytes]`, to its pages on the current stream; -1 pages are skipped.
+
+        Raises:
+            BrokenPromise: A page that the pool does not have.
+        """
+        ...
+
+    def copy_out(self, pages: Pages, slot: torch.Tensor) -> None:
+        """Read a block from its pages, all groups, into uint8 `[shard_bytes]` on the current stream.
+
+        Raises:
+            IndexError: A page that the pool does not have.
+        """
+        ...
+
+
+class FlatPool:
+    """One tensor `[num_blocks, layers, kv_factor, row]`; block ids index its first dimension."""
+
+    def __init__(self, tensor: torch.Tensor, engine: EngineFacts) -> None:
+        """Check the tensor against what kvtier supports.
+
+        Raises:
+            LayoutError: The pool is refused; the message says why.
+        """
+        _check_flat(tensor, engine)
+        _, layers, kv_factor, row = tensor.shape
+        self.layout = BlockLayout(_name(tensor.dtype), engine.tokens_per_block, layers, kv_factor, row)
+        self.groups: tuple[PageGroup, ...] = (PageGroup(0),)
+        self.device = tensor.device
+        self.signature = {"kind": "flat"}
+        self._rows = tensor.detach().view(tensor.shape[0], -1).view(torch.uint8)
+
+    def copy_in(self, slot: torch.Tensor, pages: Pages) -> None:
+        """Write a block to its page; see `Pool.copy_in`."""
+        (page,) = pages
+        if not 0 <= page < self._rows.shape[0]:
+            raise BrokenPromise(f"the engine wants block {page} loaded, its pool has {self._rows.shape[0]}")
+        self._rows[page].copy_(slot, non_blocking=True)
+
+    def copy_out(self, pages: Pages, slot: torch.Tensor) -> None:
+        """Read a block from its page; see `Pool.copy_out`."""
+        (page,) = pages
+        slot.copy_(self._rows[_checked(page, self._rows.shape[0])], non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    rows: torch.Tensor
+    start: int
+    stop: int
+
+
+class GroupPool:
+    """Pages in several layer groups; a block is the concatenation of its pages' regions, group by group."""
+
+    def __init__(self, description: Any, engine: EngineFacts) -> None:
+        """Read the engine's description of its pools.
+
+        Raises:
+            LayoutError: The pools are refused; the message says why.
+        """
+        tokens_per_block = as_int(dig(description, "tokens_per_block")) or engine.tokens_per_block
+        described = sorted(description.groups, key=lambda group: int(group.layer_group_id))
+        _check_groups(described, tokens_per_block, engine)
+        self.groups = tuple(
+            PageGroup(int(group.layer_group_id), as_int(dig(group, "window_size"))) for group in described
+        )
+        self._regions: list[list[_Region]] = []
+        size = 0
+        for group in described:
+            regions = []
+            for region in (*group.regions, *(dig(group, "replicated_regions") or ())):
+                regions.append(_Region(_region_rows(region), size, size + int(region.size)))
+                size += int(region.size)
+            self._regions.append(regions)
+        rows = [region.rows for regions in self._regions for region in regions]
+        self.device = rows[0].device
+        self.layout = _group_layout(described, size, tokens_per_block, dig(description, "dtype"), engine)
+        self.signature = {"kind": "groups", "groups": [_group_signature(group) for group in described]}
+
+    def copy_in(self, slot: torch.Tensor, pages: Pages) -> None:
+        """Write a block to its pages; see `Pool.copy_in`."""
+        for page, regions in zip(pages, self._regions, strict=True):
+            if page == NO_PAGE:
+                continue
+            for region in regions:
+                if not 0 <= page < region.rows.shape[0]:
+                    raise BrokenPromise(
+                        f"the engine wants page {page} loaded, its pool has {len(region.rows)}"
+                    )
+                region.rows[page].copy_(slot[region.start : region.stop], non_blocking=True)
+
+    def copy_out(self, pages: Pages, slot: torch.Tensor) -> None:
+        """Read a block from its pages; see `Pool.copy_out`."""
+        for page, regions in zip(pages, self._regions, strict=True):
+            for region in regions:
+                row = region.rows[_checked(page, region.rows.shape[0])]
+                slot[region.start : region.stop].copy_(row, non_blocking=True)
+
+
+def _checked(page: int, count: int) -> int:
+    # A negative page would be a valid subscript: another request's bytes under this one's hash.
+    if not 0 <= page < count:
+        raise IndexError(f"page {page} of {count}")
+    return page
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> None:
+    engine.refuse_unsupported()
+    if tensor.dim() != 4:
+        raise LayoutError(
+            f"the KV pool has shape {tuple(tensor.shape)}; supported: [blocks, layers, kv_factor, row]"
+        )
+    _, layers, kv_factor, row = tensor.shape
+    if engine.kv_dtype and ("fp4" in engine.kv_dtype or "float4" in engine.kv_dtype):
+        raise LayoutError(
+            "an NVFP4 KV cache keeps its scales outside the pool that a connector is given; use fp8 or auto"
+        )
+    if not tensor.is_contiguous():
+        raise LayoutError(f"the KV pool is not contiguous (strides {tensor.stride()})")
+    if kv_factor not in (1, 2):
+        raise LayoutError(f"the KV pool has {kv_factor} parts per layer; supported: 2 (K and V) or 1 (MLA)")
+    if engine.attention_layers not in (None, layers) and engine.plain_ranks:
+        raise LayoutError(
+            f"the KV pool holds {layers} layers, the model has {engine.attention_layers} with attention: layers"
+            " of different shape (variable GQA) lie in pools that a connector is not given"
+        )
+    if row % engine.tokens_per_block:
+        raise LayoutError(
+            f"rows of {row} elements do not divide by kv_cache_config.tokens_per_block ="
+            f" {engine.tokens_per_block}"
+        )
+
+
+def _check_groups(described: Sequence[Any], tokens_per_block: int, engine: EngineFacts) -> None:
+    engine.refuse_unsupported()
+    if tokens_per_block != engine.tokens_per_block:
+        raise LayoutError(
+            f"the KV cache has {tokens_per_block} tokens per page, kv_cache_config.tokens_per_block says"
+            f" {engine.tokens_per_block}"
+        )
+    if not any(region.size for group in described for region in group.regions):
+        raise LayoutError("the KV cache describes no pages")
+    for group in described:
+        for region in (*group.regions, *(dig(group, "replicated_regions") or ())):
+            for buffer in dig(region, "buffers") or ():
+                if (as_int(dig(buffer, "expansion")) or 1) != 1:
+                    raise LayoutError(
+                        f"layer {buffer.layer_id} has pages of its own size (expansion {buffer.expansion}):"
+                        " one block must be the same tokens in every layer"
+                    )
+
+
+def _region_rows(region: Any) -> torch.Tensor:
+    """Return a region as uint8 `[num_slots, size]`."""
+    slots, size, stride = int(region.num_slots), int(region.size), int(region.stride)
+    try:
+        rows = region.as_tensor()
+    except Exception as error:
+        # Without a GPU the engine's own view cannot be made; its addresses then are host addresses.
+        if torch.cuda.is_available():
+            raise LayoutError(f"the engine gives no view of its KV pages: {error}") from error
+        rows = None
+    if isinstance(rows, torch.Tensor) and rows.dtype == torch.uint8 and tuple(rows.shape) == (slots, size):
+        return rows
+    if torch.cuda.is_available():
+        raise LayoutError("the engine's view of its KV pages is not uint8 [slots, size]")
+    length = (slots - 1) * stride + size
+    whole = torch.frombuffer((ctypes.c_uint8 * length).from_address(int(region.base)), dtype=torch.uint8)
+    return whole.as_strided((slots, size), (stride, 1))
+
+
+def _group_layout(
+    described: Sequence[Any], size: int, tokens_per_block: int, dtype: object, engine: EngineFacts
+) -> BlockLayout:
+    """Describe a page as rows of keys and values if it is nothing else, as plain bytes if it is not."""
+    name = _element_type(dtype, engine)
+    buffers = [
+        buffer for group in described for region in group.regions for buffer in dig(region, "buffers") or ()
+    ]
+    roles = sorted({str(buffer.role) for buffer in buffers})
+    uniform = all(
+        int(region.size) * len(buffers) == size * len(dig(region, "buffers") or ())
+        for group in described
+        for region in group.regions
+    )
+    replicated = any(dig(group, "replicated_regions") for group in described)
+    if name and uniform and not replicated and roles in (["key", "value"], ["key"]) and buffers:
+        layers, rest = divmod(len(buffers), len(roles))
+        row, odd = divmod(size, len(buffers) * ITEM_BYTES[name])
+        if not rest and not odd:
+            return BlockLayout(name, tokens_per_block, layers, len(roles), row, kind="groups")
+    return BlockLayout("uint8", tokens_per_block, 1, 1, size, kind="groups")
+
+
+def _element_type(dtype: object, engine: EngineFacts) -> str | None:
+    if isinstance(dtype, torch.dtype):
+        name: str | None = _name(dtype)
+    else:
+        told = as_text(dtype) or engine.kv_dtype or engine.model_dtype
+        name = torch_name(told) if told else None
+    return name if name in ITEM_BYTES else None
+
+
+def _group_signature(group: Any) -> dict[str, Any]:
+    regions = (*group.regions, *(dig(group, "replicated_regions") or ()))
+    return {
+        "layers": [int(layer) for layer in dig(group, "layer_ids") or ()],
+        "window": as_int(dig(group, "window_size")),
+        "regions": [
+            [int(region.size), [[int(b.layer_id), str(b.role)] for b in dig(region, "buffers") or ()]]
+            for region in regions
+        ],
+    }

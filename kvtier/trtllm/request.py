@@ -1,0 +1,285 @@
+"""What the leader knows about one request: identity, tokens, hashes, pages, and what is promised to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvtier._logging import log_once
+from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
+from kvtier.trtllm.fields import as_int, as_list, dig, is_given
+from kvtier.trtllm.meta import Pages
+from kvtier.trtllm.pool import NO_PAGE, PageGroup
+
+_log = logging.getLogger(__name__)
+
+_UNNAMED_CONTENT = (
+    "prompt_embedding_table",
+    "multimodal_embedding",
+    "multimodal_positions",
+    "multimodal_lengths",
+    "py_multimodal_data",
+    "encoder_tokens",
+)
+"""Fields whose content the prompt's tokens do not name; multimodal hashes do."""
+
+_WHOLE_PROMPT_OUTPUTS = (
+    "return_context_logits",
+    "py_return_context_logits",
+    "return_encoder_output",
+    "py_prompt_logprobs",
+)
+"""Outputs for every prompt token, which only a computed prompt has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What, besides its tokens, decides the KV of a request.
+
+    Attributes:
+        salt: The cache salt (text on main, an integer on 1.3), None without.
+        lora: The LoRA task, None without.
+        items: The multimodal items of the prompt, in order.
+    """
+
+    salt: str | int | None = None
+    lora: int | None = None
+    items: tuple[MultimodalItem, ...] = ()
+
+    @classmethod
+    def of(cls, request: object) -> Identity | None:
+        """Read a request; None if its KV must be neither served from nor saved to the store."""
+        if any(is_given(getattr(request, name, None)) for name in _WHOLE_PROMPT_OUTPUTS):
+            return None
+        items = _multimodal_items(request)
+        if items is None:
+            return None
+        return cls(salt_of(request), as_int(getattr(request, "lora_task_id", None)), items)
+
+
+def salt_of(source: object) -> str | int | None:
+    """Return the cache salt of a request or of a RequestData, None without one."""
+    for name in ("cache_salt", "cache_salt_id"):
+        salt = getattr(source, name, None)
+        if isinstance(salt, str) or as_int(salt) is not None:
+            return salt
+    return None
+
+
+def _multimodal_items(request: object) -> tuple[MultimodalItem, ...] | None:
+    hashes = as_list(getattr(request, "multimodal_hashes", None))
+    if not hashes:
+        unnamed = any(is_given(getattr(request, name, None)) for name in _UNNAMED_CONTENT)
+        return None if unnamed else ()
+    starts = as_list(getattr(request, "multimodal_positions", None)) or []
+    lengths = as_list(getattr(request, "multimodal_lengths", None)) or []
+    if is_given(getattr(request, "prompt_embedding_table", None)) or not len(hashes) == len(starts) == len(
+        lengths
+    ):
+        return None
+    # Content hashes come as lists of int32.
+    digests = [b"".join(int(part).to_bytes(8, "little", signed=True) for part in item) for item in hashes]
+    return tuple(
+        MultimodalItem(digest, int(start), int(length))
+        for digest, start, length in zip(digests, starts, lengths, strict=True)
+    )
+
+
+@dataclass(slots=True)
+class Promise:
+    """Blocks that the engine was told it can load.
+
+    Attributes:
+        lease: The claim on their slots.
+        first: Ordinal of the first block.
+        slots: Slot of each block, in order.
+    """
+
+    lease: int
+    first: int
+    slots: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request.
+
+    Attributes:
+        identity: None if nothing of it may be saved.
+        root: Where its hash chain starts.
+        tokens_per_block: Tokens in a block.
+        tokens: Tokens known so far.
+        hashes: Hashes of the whole blocks of `tokens`, as far as they were needed.
+        pages: For each list of pages that the engine keeps, the page of each block.
+        prompt: Tokens at the first appearance in a batch, all of which that pass and the following prefill;
+            None before it.
+        computed: Leading tokens whose KV stood in the pool before the pass that was scheduled last.
+        fresh: First block whose page was reported with that pass.
+        handled: Leading blocks that need no more thought about saving.
+        promise: What is promised and not yet loaded.
+        request: The engine's object, while a promise is open.
+        seen: When the request was last heard of, monotonic seconds.
+    """
+
+    identity: Identity | None
+    root: bytes
+    tokens_per_block: int
+    tokens: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
+    prompt: int | None = None
+    computed: int = 0
+    fresh: int = 0
+    handled: int = 0
+    promise: Promise | None = None
+    request: Any = None
+    seen: float = 0.0
+    _reported: list[int] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, identity: Identity | None, namespace: bytes, tokens_per_block: int) -> RequestState:
+        """Return the state of a request that nothing is known of but its identity."""
+        salt, lora = (identity.salt, identity.lora) if identity else (None, None)
+        return cls(identity, chain_root(namespace, salt, lora), tokens_per_block)
+
+    def see_tokens(self, tokens: list[int]) -> None:
+        """Take a request's whole list of tokens; hashes survive as far as the tokens are the same."""
+        if tokens[: len(self.tokens)] != self.tokens:
+            self.hashes.clear()
+            self.handled = 0
+        self.tokens = tokens
+
+    def see_allocation(self, pages: list[list[int]]) -> None:
+        """Take the pages of a new allocation, one list for each layer group."""
+        self.pages = pages
+
+    def hash_through(self, blocks: int) -> list[bytes]:
+        """Hash up to `blocks` whole blocks of the tokens known, and return all hashes so far."""
+        have, size = len(self.hashes), self.tokens_per_block
+        if have < blocks:
+            items = self.identity.items if self.identity else ()
+            self.hashes += hash_blocks(
+                self.hash_before(have),
+                self.tokens[have * size : blocks * size],
+                size,
+                first_block=have,
+                multimodal=items,
+            )
+        return self.hashes
+
+    def hash_before(self, block: int) -> bytes:
+        """Return the parent hash of a block whose predecessor is hashed."""
+        return self.hashes[block - 1] if block else self.root
+
+    def advance(self, data: Any, is_new: bool) -> int:
+        """Take what the engine says about the coming pass.
+
+        Args:
+            data: The engine's RequestData.
+            is_new: Whether it stands among the new requests: nothing told before counts any more.
+
+        Returns:
+            Leading tokens whose KV will be valid after the pass. Never too many; too few where the release
+            tells less than is needed, and then the next pass makes up for it.
+        """
+        if is_new:
+            self.see_tokens(list(data.new_tokens))
+            self.prompt = len(self.tokens)
+            self._reported = []
+        else:
+            self.tokens += data.new_tokens
+        grouped = self._take_pages(data, is_new)
+        if self.identity and salt_of(data) not in (None, self.identity.salt):
+            self.identity = None
+        self.computed = self._computed(as_int(data.computed_position) or 0, grouped)
+        scheduled = as_int(getattr(data, "num_scheduled_tokens", None))
+        return min(self._valid_after(scheduled), len(self.tokens))
+
+    def settled(self, total: int) -> int:
+        """Return how many leading tokens of a finished request with `total` tokens have valid KV.
+
+        A token that was sampled proves that all before it were computed. Without one the request was
+        stopped in its prefill, of which the last pass may have failed.
+        """
+        if self.prompt is None:
+            return 0
+        return total - 1 if total > self.prompt else min(self.computed, total)
+
+    def pages_of(self, block: int, groups: Sequence[PageGroup]) -> Pages | None:
+        """Return a block's page in each group, None as long as one of them was not reported."""
+        try:
+            return tuple([self.pages[group.id][block] for group in groups])
+        except IndexError:
+            return None
+
+    def can_save(self, block: int, pages: Pages, groups: Sequence[PageGroup]) -> bool:
+        """Say whether a block stands in all its pages: none missing, none passed by its attention window.
+
+        A page that the window has passed is given to somebody else, and the engine does not say so; only
+        pages reported for this very pass, and those well inside the window, are certain.
+        """
+        if NO_PAGE in pages:
+            return False
+        if block >= self.fresh:
+            return True
+        start = block * self.tokens_per_block
+        return all(group.window is None or start > self.computed - group.window for group in groups)
+
+    def _take_pages(self, data: Any, is_new: bool) -> bool:
+        by_group = getattr(data, "new_block_ids_by_layer_group", None)
+        if isinstance(by_group, Mapping):
+            by_group = [by_group.get(group, []) for group in range(max(by_group, default=-1) + 1)]
+        lists = by_group if isinstance(by_group, (list, tuple)) and by_group else [data.new_block_ids]
+        if is_new and any(lists):
+            self.pages = [[] for _ in lists]
+        while len(self.pages) < len(lists):
+            self.pages.append([])
+        while len(self._reported) < len(lists):
+            self._reported.append(0)
+        self.fresh = min(self._reported[: len(lists)])
+        for group, ids in enumerate(lists):
+            known, start = self.pages[group], self._reported[group]
+            known.extend([NO_PAGE] * (start - len(known)))
+            known[start : start + len(ids)] = ids
+            self._reported[group] = start + len(ids)
+        return lists is by_group
+
+    def _computed(self, position: int, grouped: bool) -> int:
+        """Return the leading tokens that are valid once the promise, if any, is loaded.
+
+        The position leaves out what was promised, in the pass that the promise is for. V1 honours all of it,
+        or, with block reuse off, nothing, which a position before the promise's start tells. V2 may honour
+        any part, and notes on the request how much.
+        """
+        promise = self.promise
+        if promise is None:
+            return max(0, position)
+        start = promise.first * self.tokens_per_block
+        offered = len(promise.slots) * self.tokens_per_block
+        if position < start:
+            return max(0, position + offered)
+        honoured = offered
+        if grouped:
+            honoured = as_int(dig(self.request, "py_num_connector_matched_tokens")) or 0
+        return max(position, min(position + honoured, start + offered))
+
+    def _valid_after(self, scheduled: int | None) -> int:
+        if scheduled is None:
+            return self.computed
+        end = self.computed + scheduled
+        if scheduled <= 1 or end <= (self.prompt or 0):
+            return end
+        # More than one token beyond the prompt: drafts, of which any number may be rejected.
+        return self.computed
+
+
+def note_unsupported(identity: Identity | None) -> None:
+    """Say once a minute that there are requests which kvtier leaves alone."""
+    if identity is None:
+        log_once(
+            _log,
+            "unsupported",
+            "requests with content that has no hash, or that want logits of the whole prompt, are not cached",
+        )

@@ -1,0 +1,219 @@
+"""Where the leader and the workers of one engine meet, if they live in one process."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from kvtier._logging import log_once
+from kvtier.config import Config, load_config
+from kvtier.errors import ConfigError
+from kvtier.hashing import Namespace
+from kvtier.layout import BlockLayout
+from kvtier.store.base import StoreClient
+from kvtier.trtllm.fields import dig
+from kvtier.trtllm.identity import EngineFacts
+from kvtier.trtllm.meta import Save
+from kvtier.trtllm.pool import PageGroup, Pool
+from kvtier.trtllm.shared import SharedStore, share_store
+
+_log = logging.getLogger(__name__)
+
+TAIL_SECONDS = 600.0
+"""Tails that no worker asked for by then are given up: the engine must have dropped the request."""
+
+LEADER = -1
+"""The leader's place among the members; workers have their rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the leader works with once all ranks have registered their pools.
+
+    Attributes:
+        store: The store, whose layout has all shards.
+        namespace: Id of what its blocks are blocks of.
+        groups: The spaces of page ids.
+    """
+
+    store: StoreClient
+    namespace: bytes
+    groups: tuple[PageGroup, ...]
+
+
+@dataclass(slots=True)
+class _Tail:
+    saves: tuple[Save, ...]
+    waiting: set[int]
+    since: float
+
+
+class Runtime:
+    """One engine: its configuration and facts, its leader's session, the pools registered so far, the store.
+
+    Leader and workers hold it, and it does not hold them: when the last of them goes, or has closed, the
+    store is let go of.
+    """
+
+    def __init__(
+        self, config: Config, engine: EngineFacts, llm_args: object, clock: Callable[[], float]
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.llm_args = llm_args
+        self.session: int | None = None
+        self.ready: Ready | None = None
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._joined: set[int] = set()
+        self._left: set[int] = set()
+        self._pools: dict[int, Pool] = {}
+        self._shared: SharedStore | None = None
+        self._tails: dict[int, _Tail] = {}
+
+    def lacks(self, member: int) -> bool:
+        """Say whether this place was never taken, and the engine is still alive."""
+        return member not in self._joined and not self._left
+
+    def take_place(self, member: int, session: int | None) -> None:
+        """Enter the leader (with its session) or a worker."""
+        self._joined.add(member)
+        if member == LEADER:
+            self.session = session
+
+    def register(self, rank: int, pool: Pool) -> None:
+        """Enter a rank's pool; one of another geometry than before starts the registration anew.
+
+        Raises:
+            ConfigError: The store cannot be opened as configured.
+        """
+        with self._lock:
+            if any(
+                (known.layout, known.signature) != (pool.layout, pool.signature)
+                for known in self._pools.values()
+            ):
+                self._pools.clear()
+            self._pools[rank] = pool
+        self.complete()
+        if rank == 0 and self.ready is None and (self.engine.ranks > 1 or not self.engine.plain_ranks):
+            log_once(_log, "ranks", "this process does not have all ranks of the engine: nothing is cached")
+
+    def complete(self) -> None:
+        """Open the store once the leader and all ranks' pools are here.
+
+        Raises:
+            ConfigError: The store cannot be opened as configured.
+        """
+        with self._lock:
+            self.ready = None
+            ranks = self.engine.ranks
+            here = LEADER in self._joined and set(self._pools) == set(range(ranks))
+            if not here or not self.engine.plain_ranks or self._left:
+                return
+            pool = self._pools[0]
+            layout = replace(pool.layout, shards=ranks)
+            namespace = self.engine.namespace(layout, pool.signature)
+            self._shared = self._open(namespace, layout, pool)
+            if self._shared is not None:
+                self.ready = Ready(self._shared.store, namespace.id, pool.groups)
+
+    def add_tail(self, request_id: int, saves: Sequence[Save]) -> None:
+        """Leave blocks of a finished request to the workers, which ask for them by its id."""
+        with self._lock:
+            self._tails[request_id] = _Tail(tuple(saves), set(range(self.engine.ranks)), self._clock())
+
+    def take_tail(self, request_id: int, rank: int) -> tuple[Save, ...]:
+        """Return what one rank has to save of a finished request; once."""
+        with self._lock:
+            tail = self._tails.get(request_id)
+            if tail is None or rank not in tail.waiting:
+                return ()
+            tail.waiting.discard(rank)
+            if not tail.waiting:
+                del self._tails[request_id]
+            return tail.saves
+
+    def drop_old_tails(self) -> None:
+        """Give up the tails that nobody asked for in ten minutes."""
+        with self._lock:
+            oldest = self._clock() - TAIL_SECONDS
+            old = [request_id for request_id, tail in self._tails.items() if tail.since < oldest]
+            tickets = [save.ticket for request_id in old for save in self._tails.pop(request_id).saves]
+        if tickets and self.ready:
+            self.ready.store.abort(tickets)
+
+    def leave(self, member: int) -> None:
+        """Go; the last member to go closes the store, unless another engine of the process uses it."""
+        with self._lock:
+            self._left.add(member)
+            self._pools.pop(member, None)
+            self.ready = None
+            if self._left >= self._joined:
+                self._shared = None
+
+    def _open(self, namespace: Namespace, layout: BlockLayout, pool: Pool) -> SharedStore | None:
+        try:
+            return share_store(self.config, namespace, layout, pool.device)
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001 - without its store the engine still serves
+            log_once(_log, "open", "the store cannot be opened, nothing is cached: %r", error)
+            return None
+
+
+_lock = threading.Lock()
+_serial = itertools.count()
+_runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
+
+
+def join(
+    llm_args: object, member: int, session: int | None = None, clock: Callable[[], float] = time.monotonic
+) -> Runtime:
+    """Enter the engine that has these arguments and lacks this member, or found it.
+
+    The engine constructs its leader and workers at the same time, in any order, with the same arguments.
+    Several engines of equal arguments may follow each other in a process, or live side by side.
+
+    Args:
+        llm_args: The engine's arguments.
+        member: `LEADER`, or a worker's rank.
+        session: The leader's name for itself.
+        clock: Monotonic seconds.
+
+    Raises:
+        ConfigError: There is no configuration, or it is wrong.
+    """
+    config = load_config(_config_path(llm_args))
+    engine = EngineFacts.read(llm_args)
+    key = (config, engine.canonical())
+    with _lock:
+        waiting = [known for _, known in sorted(_runtimes.items(), reverse=True) if known.lacks(member)]
+        equal = [known for known in waiting if (known.config, known.engine.canonical()) == key]
+        same = [known for known in equal if known.llm_args is llm_args]
+        found = next(iter(same or equal), None)
+        if found is None:
+            found = _runtimes[next(_serial)] = Runtime(config, engine, llm_args, clock)
+        found.take_place(member, session)
+    if member == LEADER:
+        # An engine that registers its pool before it has a leader.
+        found.complete()
+    return found
+
+
+def runtime_of(session: int) -> Runtime | None:
+    """Return the engine whose leader has this session, None if it is not in this process."""
+    with _lock:
+        return next((known for known in _runtimes.values() if known.session == session), None)
+
+
+def _config_path(llm_args: object) -> str | None:
+    """Return the file that the engine's options name; None leaves it to KVTIER_CONFIG."""
+    place = dig(llm_args, "kv_connector_config", "server_url")
+    if not isinstance(place, str) or not place:
+        return None
+    return place.removeprefix("kvtier:").removeprefix("file://")

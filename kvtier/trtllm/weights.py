@@ -1,0 +1,146 @@
+"""Which model this is: a fingerprint of its configuration and its weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvtier._logging import log_once
+
+_log = logging.getLogger(__name__)
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
+VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})
+"""Keys of config.json that say nothing about the KV cache and change from save to save."""
+
+WHOLE_BYTES = 64 << 20
+"""Files up to this size are digested whole; larger ones by head, tail and samples."""
+HEAD_BYTES = 1 << 20
+SAMPLE_BYTES = 16 << 10
+SAMPLES = 64
+
+_PRIVATE = secrets.token_hex(16)
+
+
+def model_facts(model: str | None, revision: str | None) -> dict[str, Any]:
+    """Describe a model so that two descriptions are equal only if the weights are.
+
+    Args:
+        model: Local directory, weight file, or name on the Hugging Face hub, whose local snapshot is used.
+        revision: Commit, branch or tag on the hub.
+
+    Returns:
+        Plain JSON data: `config`, `quantization`, `index`, `weights` (bytes and digest of each file) and
+        `revision` where known. Without a readable model it is an identity that nobody else shares, or, for a
+        name without local files, the name and revision.
+    """
+    if model is None:
+        log_once(
+            _log, "no-model", "the engine's arguments name no model: its KV stays private to this process"
+        )
+        return {"private": _PRIVATE}
+    try:
+        place = _local_files(model, revision)
+        if place is not None:
+            facts = _describe_files(place)
+            if facts["weights"]:
+                return facts
+            log_once(_log, "no-weights", "no weight files in %s: identified by its path and config", place)
+            return {**facts, "name": model}
+    except (OSError, ValueError) as error:
+        log_once(_log, "unreadable", "cannot read the model's files, its KV stays private: %r", error)
+        return {"private": _PRIVATE, "name": model}
+    log_once(_log, "name-only", "%s is no local model: identified by its name, not by its weights", model)
+    return {"name": model, "revision": revision}
+
+
+def model_config(model: str | None, revision: str | None) -> Mapping[str, Any]:
+    """Return the model's config.json, its text part where it has several, {} where it cannot be read."""
+    try:
+        place = _local_files(model, revision) if model else None
+        config = _read_json(place / "config.json") if place and place.is_dir() else None
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    for part in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(part), dict):
+            return {**config, **config[part]}
+    return config
+
+
+def _local_files(model: str, revision: str | None) -> Path | None:
+    """Return the directory or file that holds the weights, None where there is none on this machine."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.resolve() if path.is_file() else path
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    stored = cache / f"models--{model.replace('/', '--')}"
+    wanted = revision or "main"
+    ref = stored / "refs" / wanted
+    commit = ref.read_text().strip() if ref.is_file() else wanted
+    snapshot = stored / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def _describe_files(place: Path) -> dict[str, Any]:
+    if place.is_file():
+        return {"weights": {place.name: _describe_weight(place)}}
+    found = sorted({file for pattern in WEIGHT_PATTERNS for file in place.glob(pattern) if file.is_file()})
+    config = _read_json(place / "config.json")
+    if isinstance(config, dict):
+        config = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    facts: dict[str, Any] = {
+        "config": config,
+        "quantization": _read_json(place / "hf_quant_config.json"),
+        "index": {file.name: _digest_whole(file) for file in sorted(place.glob("*.index.json"))},
+        "weights": {file.name: _describe_weight(file) for file in found},
+    }
+    if place.parent.name == "snapshots":
+        facts["revision"] = place.name
+    return facts
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _describe_weight(file: Path) -> dict[str, int | str]:
+    status = file.stat()
+    digest = _digest_weight(str(file), status.st_size, status.st_mtime_ns, status.st_ino)
+    return {"bytes": status.st_size, "digest": digest}
+
+
+@lru_cache(maxsize=4096)
+def _digest_weight(path: str, size: int, mtime_ns: int, inode: int) -> str:
+    """Digest a weight file: whole if it is small, else head, tail and samples spread over it.
+
+    A fine-tune has the same header and the same size, and differs everywhere else: 64 samples meet it.
+    """
+    file = Path(path)
+    if size <= WHOLE_BYTES:
+        return _digest_whole(file)
+    digest = hashlib.blake2b(digest_size=16)
+    step = (size - HEAD_BYTES - SAMPLE_BYTES) // SAMPLES
+    with file.open("rb", buffering=0) as stream:
+        digest.update(stream.read(HEAD_BYTES))
+        for sample in range(SAMPLES + 1):
+            stream.seek(HEAD_BYTES + sample * step if sample < SAMPLES else size - SAMPLE_BYTES)
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _digest_whole(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

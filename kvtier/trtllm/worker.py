@@ -1,0 +1,232 @@
+"""The worker: moves blocks between the arena and this rank's part of the KV pool."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.store.base import StoreClient, ticket_slot
+from kvtier.trtllm.fields import as_int, dig
+from kvtier.trtllm.guard import BrokenPromise, shielded
+from kvtier.trtllm.interface import KvCacheConnectorWorker, rank_here
+from kvtier.trtllm.meta import ConnectorMeta, Load, Save
+from kvtier.trtllm.pool import FlatPool, GroupPool, Pool
+from kvtier.trtllm.runtime import Runtime, join, runtime_of
+from kvtier.trtllm.transfer import Copies, Transfers, transfers_for
+
+_log = logging.getLogger(__name__)
+
+
+class KvTierConnectorWorker(KvCacheConnectorWorker):
+    """Does what its leader's metadata says: loads before the forward pass, saves after it.
+
+    Nothing here waits for the GPU. A load that cannot be done raises `BrokenPromise`; every other failure is
+    counted, and costs cached blocks at most.
+    """
+
+    def __init__(self, llm_args: Any) -> None:
+        """Find this engine's leader in the process, if it is here.
+
+        Raises:
+            ConfigError: There is no configuration, or it is wrong.
+        """
+        super().__init__(llm_args)
+        self._counters = Counters()
+        self._rank = rank_here() or as_int(dig(llm_args, "parallel_config", "rank")) or 0
+        self._runtime: Runtime = join(llm_args, self._rank)
+        self._session: int | None = None
+        self._pool: Pool | None = None
+        self._transfers: Transfers | None = None
+        # Views of the arena's slots, made when first needed, and the store that they belong to.
+        self._slots: dict[int, torch.Tensor] = {}
+        self._slots_of: StoreClient | None = None
+        self._loads: tuple[Load, ...] = ()
+        self._saves: tuple[Save, ...] = ()
+        self._saved_tails: list[int] = []
+        self._stream: Any = None
+
+    def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """Take the pool as one tensor `[num_blocks, layers, kv_factor, row]`.
+
+        Raises:
+            LayoutError: The pool is of a kind that kvtier refuses.
+            ConfigError: The store cannot be opened as configured.
+        """
+        self._register(FlatPool(kv_cache_tensor, self._runtime.engine))
+
+    def register_kv_cache_layout(self, layout: Any) -> None:
+        """Take the pools as byte ranges in layer groups.
+
+        Raises:
+            LayoutError: The pools are of a kind that kvtier refuses.
+            ConfigError: The store cannot be opened as configured.
+        """
+        self._register(GroupPool(layout, self._runtime.engine))
+
+    def bind_connector_meta(self, metadata: object) -> None:
+        """Take the orders of the coming iteration; what was not done of the former ones is given up."""
+        super().bind_connector_meta(metadata)
+        orders = metadata if isinstance(metadata, ConnectorMeta) else ConnectorMeta(self._session or 0)
+        self._give_up(set(self._loads) - set(orders.loads), set(self._saves) - set(orders.saves))
+        self._loads, self._saves = orders.loads, orders.saves
+        if isinstance(metadata, ConnectorMeta) and orders.session != self._session:
+            self._follow(orders.session)
+
+    @shielded(lambda: None)
+    def start_load_kv(self, stream: Any) -> None:
+        """Copy promised blocks to their pages on `stream`, in front of the forward pass.
+
+        Raises:
+            BrokenPromise: A block cannot be delivered.
+        """
+        loads, self._loads = self._loads, ()
+        self._poll()
+        try:
+            if self._transfers is not None:
+                self._transfers.order(stream)
+            for load in loads:
+                self._load(load, stream)
+        except BrokenPromise:
+            raise
+        except Exception as error:
+            if loads:
+                raise BrokenPromise(f"promised blocks cannot be copied to the pool: {error!r}") from error
+            raise
+
+    def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
+        """Do nothing: the loads stand in front of the whole pass on its stream."""
+
+    def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
+        """Do nothing: whole blocks are saved after the pass; CUDA graphs do not even run this hook."""
+
+    @shielded(lambda: None)
+    def wait_for_save(self, stream: Any) -> None:
+        """Start copying whole blocks to the arena, behind the forward pass."""
+        saves, self._saves = self._saves, ()
+        self._stream = stream
+        if saves:
+            self._save(saves, lambda: None)
+
+    def get_finished(
+        self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Start saving the last blocks of finished requests; return those whose copies have ended.
+
+        Loads are never asynchronous, so an id that comes as loading has nothing to wait for.
+        """
+        for request_id in finished_gen_req_ids:
+            self._save_tail(request_id)
+        self._poll()
+        ended = self._saved_tails[:]
+        self._saved_tails.clear()
+        return ended, list(started_loading_req_ids)
+
+    def stats(self) -> Mapping[str, int | float]:
+        """Return this worker's counters."""
+        return self._counters.snapshot()
+
+    def close(self) -> None:
+        """Finish what is under way and leave; the store closes when all of the engine's parts have left.
+
+        The engine never calls this: without it the same happens when the worker is collected, or at exit.
+        """
+        if self._transfers is not None:
+            self._transfers.drain()
+        self._give_up(set(self._loads), set(self._saves))
+        self._loads = self._saves = ()
+        self._slots.clear()
+        self._slots_of = None
+        self._runtime.leave(self._rank)
+
+    def _register(self, pool: Pool) -> None:
+        if self._transfers is not None:
+            self._transfers.drain()
+        self._pool, self._transfers = pool, transfers_for(pool)
+        self._runtime.register(self._rank, pool)
+
+    @shielded(lambda: None)
+    def _follow(self, session: int) -> None:
+        """Go over to the engine whose leader gives the orders, should it be another one of this process."""
+        self._session = session
+        runtime = runtime_of(session)
+        if runtime is None or runtime is self._runtime:
+            return
+        self._runtime = runtime
+        if self._pool is not None:
+            runtime.register(self._rank, self._pool)
+
+    @shielded(lambda: None)
+    def _poll(self) -> None:
+        if self._transfers is not None:
+            self._transfers.poll()
+
+    def _load(self, load: Load, stream: Any) -> None:
+        ready = self._runtime.ready
+        if ready is None or self._transfers is None:
+            raise BrokenPromise("blocks were promised, and their store is closed")
+        done = partial(self._loaded, ready.store, load.lease, len(load.blocks))
+        self._transfers.load(stream, self._with_slots(ready.store, load.blocks), done)
+
+    def _loaded(self, store: StoreClient, lease: int, blocks: int, _made: bool) -> None:
+        store.release(lease, self._rank)
+        self._counters.add("loaded_blocks", blocks)
+
+    def _save(self, saves: Sequence[Save], then: Callable[[], None]) -> None:
+        """Start copying blocks to their slots; commits and calls `then` when the copies have ended."""
+        ready = self._runtime.ready
+        if ready is None or self._transfers is None:
+            then()
+            return
+        tickets = [save.ticket for save in saves]
+        done = partial(self._saved, ready.store, tickets, then)
+        try:
+            copies = self._with_slots(ready.store, [(ticket_slot(save.ticket), save.pages) for save in saves])
+            self._transfers.save(self._stream, copies, done)
+        except Exception as error:  # noqa: BLE001 - whatever failed, the tickets must not stay open
+            log_once(_log, "save", "blocks could not be saved: %r", error)
+            done(False)
+
+    def _saved(self, store: StoreClient, tickets: list[int], then: Callable[[], None], made: bool) -> None:
+        if made:
+            store.commit(tickets, self._rank)
+        else:
+            store.abort(tickets)
+        self._counters.add("saved_blocks" if made else "save_failed_blocks", len(tickets))
+        then()
+
+    def _save_tail(self, request_id: int) -> None:
+        end = partial(self._saved_tails.append, request_id)
+        # Until its leader is known for certain, a worker could take the tail of another engine's request.
+        certain = self._session is not None and self._session == self._runtime.session
+        saves = self._runtime.take_tail(request_id, self._rank) if certain else ()
+        if saves:
+            self._save(saves, end)
+        else:
+            end()
+
+    def _with_slots(self, store: StoreClient, blocks: Sequence[tuple[int, tuple[int, ...]]]) -> Copies:
+        if self._slots_of is not store:
+            self._slots.clear()
+            self._slots_of = store
+        known = self._slots
+        for slot, _ in blocks:
+            if slot not in known:
+                known[slot] = torch.frombuffer(store.slot_view(slot, self._rank), dtype=torch.uint8)
+        return [(known[slot], pages) for slot, pages in blocks]
+
+    def _give_up(self, loads: set[Load], saves: set[Save]) -> None:
+        """Release and abort what was ordered and is not going to happen: the pass was called off."""
+        if not loads and not saves:
+            return
+        ready = self._runtime.ready
+        if ready is not None:
+            for load in loads:
+                ready.store.release(load.lease, self._rank)
+            ready.store.abort([save.ticket for save in saves])
+        self._counters.add("orders_given_up", len(loads) + len(saves))
