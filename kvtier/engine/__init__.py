@@ -3,8 +3,11 @@
 from kvtier.engine.config import EngineConfig, Finished, Metrics, ModelSpec, Multimodal, Request
 from kvtier.engine.engine import Engine
 from kvtier.engine.hash_model import HashModel
+from kvtier.engine.llama import LlamaModel, load_model
 from kvtier.engine.memory import KVMemory
 from kvtier.engine.model import Model, Span
+from kvtier.engine.tokenizer import Tokenizer
+from kvtier.engine.weights import model_dir
 
 __all__ = [
     "Engine",
@@ -12,10 +15,14 @@ __all__ = [
     "Finished",
     "HashModel",
     "KVMemory",
+    "LlamaModel",
     "Metrics",
     "Model",
     "ModelSpec",
     "Multimodal",
     "Request",
     "Span",
+    "Tokenizer",
+    "load_model",
+    "model_dir",
 ]
