@@ -1,0 +1,284 @@
+"""Keeping the block index in step with the bucket: connect, load, poll, publish, and rebuild from footers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import CancelledError
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.errors import AccessDenied, CorruptBlock, TierUnavailable
+from kvtier.hashing import Namespace
+from kvtier.tiers.s3.bucket import Bucket, ListedObject, ObjectMissing
+from kvtier.tiers.s3.health import Health
+from kvtier.tiers.s3.index import BlockIndex
+from kvtier.tiers.s3.keys import Keys
+from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer
+from kvtier.tiers.s3.pool import DaemonPool
+from kvtier.tiers.s3.segment import MAX_SEGMENT_BYTES, read_segment, write_segments
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+_logger = logging.getLogger(__name__)
+
+_LOADERS = 8
+_FOOTER_BATCH = 4096
+_REBUILD_RETRY_SECONDS = 30.0
+_SECOND = 1_000_000_000
+_USUAL_SKEW = 60 * _SECOND
+"""Clocks that run by NTP differ by less; every poll looks this far back."""
+_LARGEST_SKEW = 15 * 60 * _SECOND
+"""S3 refuses signatures of clocks that differ by more; one poll a minute looks this far back."""
+_WIDE_POLL_SECONDS = 60.0
+_MAX_NAMESPACE_BYTES = 1 << 20
+
+
+class Catalog:
+    """Owns the background thread that makes the index of this process follow the bucket's."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        keys: Keys,
+        namespace: Namespace,
+        index: BlockIndex,
+        health: Health,
+        counters: Counters,
+        max_block_bytes: int,
+        refresh_seconds: float,
+        on_ready: Callable[[], None],
+    ):
+        """Prepare; `start` runs the thread, which calls `on_ready` once the index is loaded."""
+        self._bucket = bucket
+        self._keys = keys
+        self._namespace = namespace
+        self._index = index
+        self._health = health
+        self._counters = counters
+        self._max_block_bytes = max_block_bytes
+        self._refresh_seconds = refresh_seconds
+        self._on_ready = on_ready
+        self.ready = threading.Event()
+        self._stop = False
+        self._wake = threading.Event()
+        self._pool = DaemonPool("kvtier-s3-load", _LOADERS)
+        self._thread = threading.Thread(target=self._run, name="kvtier-s3-index", daemon=True)
+        self._polling = threading.Lock()
+        self._wide_poll_at = 0.0
+        self._newest = 0
+        self._seen_lock = threading.Lock()
+        self._seen: set[str] = set()
+        self._rebuild_at: float | None = None
+
+    def start(self) -> None:
+        """Run the background thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let the thread end; a request that it waits for is not waited for."""
+        self._stop = True
+        self._wake.set()
+        self._pool.close()
+
+    def wake(self) -> None:
+        """Let the thread look at the breaker now, which has opened: it is the one that probes."""
+        self._wake.set()
+
+    def refresh(self) -> None:
+        """Load the index segments that have appeared since the last look.
+
+        Raises:
+            TierError: The bucket does not answer or refuses.
+        """
+        with self._polling:
+            now = time.monotonic()
+            wide = now >= self._wide_poll_at
+            # A segment from the future, by a wrong clock, must not hide those of the present.
+            newest = min(self._newest, time.time_ns())
+            start = self._keys.segments_from(newest - (_LARGEST_SKEW if wide else _USUAL_SKEW))
+            self._load(self._bucket.list(self._keys.index, start))
+            if wide:
+                self._wide_poll_at = now + _WIDE_POLL_SECONDS
+                with self._seen_lock:
+                    self._seen = {key for key in self._seen if key > start}
+
+    def publish(self, packs: Sequence[Pack]) -> None:
+        """Write index segments that list `packs`.
+
+        Raises:
+            TierError: The bucket does not answer or refuses.
+        """
+        for body in write_segments(packs, self._namespace.id):
+            key = self._keys.new_segment(time.time_ns())
+            self._bucket.put(key, body)
+            with self._seen_lock:
+                self._seen.add(key)
+            self._counters.add("index_segments_written")
+
+    def read_pack(self, name: bytes) -> Pack:
+        """Read a pack's footer from the bucket.
+
+        Raises:
+            ObjectMissing: There is no such pack.
+            CorruptBlock: The object is not a pack of this namespace, or altered.
+            TierError: The bucket does not answer or refuses.
+        """
+        try:
+            tail, size = self._bucket.get_tail(self._keys.pack(name), MAX_TAIL_BYTES)
+            return read_footer(tail, size, name, self._namespace.id, self._max_block_bytes)
+        except CorruptBlock as error:
+            self._counters.add("packs_corrupt")
+            log_once(_logger, "pack", "%s", error)
+            raise
+
+    def rebuild(self, indexed: Set[bytes] | None = None) -> int:
+        """Find the packs that no readable index segment lists, index them by their footers, and publish them.
+
+        Args:
+            indexed: Names of the packs that segments list; None to read all segments again.
+
+        Returns:
+            How many packs were found that way.
+
+        Raises:
+            TierError: The bucket does not answer or refuses; what was found until then is kept.
+        """
+        if indexed is None:
+            indexed = self._load(self._bucket.list(self._keys.index), again=True)
+        names = (self._keys.pack_name(item.key) for item in self._bucket.list(self._keys.packs))
+        lost = (name for name in names if name is not None and name not in indexed)
+        recovered = 0
+        while batch := list(islice(lost, _FOOTER_BATCH)):
+            packs = [pack for pack in self._map(self._recover, batch) if pack is not None]
+            self._index.add(packs)
+            self.publish(packs)
+            recovered += len(packs)
+        self._counters.add("packs_recovered", recovered)
+        self._counters.add("index_rebuilds")
+        return recovered
+
+    def _run(self) -> None:
+        while not self._stop:
+            if self._health.breaker.try_enter():
+                self._step()
+            breaker = self._health.breaker
+            self._wake.wait(breaker.wait_seconds() if breaker.is_open else self._refresh_seconds)
+            self._wake.clear()
+
+    def _step(self) -> None:
+        try:
+            if self.ready.is_set():
+                with self._health.watched():
+                    self.refresh()
+            else:
+                self._open()
+        except Exception:  # noqa: BLE001 - counted and logged by `watched`; the next poll tries again
+            return
+        if self._rebuild_at is not None and time.monotonic() >= self._rebuild_at:
+            self._rebuild_in_background(None)
+
+    def _open(self) -> None:
+        with self._health.watched():
+            self._claim_namespace()
+            with self._polling:
+                indexed = self._load(self._bucket.list(self._keys.index))
+        self.ready.set()
+        self._on_ready()
+        self._rebuild_in_background(indexed)
+
+    def _rebuild_in_background(self, indexed: Set[bytes] | None) -> None:
+        def job() -> None:
+            try:
+                with self._health.watched():
+                    self.rebuild(indexed)
+            except Exception:  # noqa: BLE001 - counted and logged by `watched`
+                self._rebuild_at = time.monotonic() + _REBUILD_RETRY_SECONDS
+
+        self._rebuild_at = None
+        self._pool.submit(job)
+
+    def _claim_namespace(self) -> None:
+        """Make sure that the namespace document in the bucket is ours, writing it if there is none."""
+        ours = self._namespace.document().encode()
+        for _ in range(2):
+            try:
+                theirs, _size = self._bucket.get_tail(self._keys.namespace, _MAX_NAMESPACE_BYTES)
+                break
+            except ObjectMissing:
+                if self._bucket.put(self._keys.namespace, ours):
+                    return
+        else:
+            raise TierUnavailable(f"{self._keys.namespace} comes and goes")
+        if not _same_json(ours, theirs):
+            self._counters.add("namespace_mismatches")
+            raise AccessDenied(
+                f"{self._keys.namespace} in the bucket is damaged, or describes another model or layout than "
+                "this one under the same fingerprint; remove it, or use another prefix (s3.prefix)"
+            )
+
+    def _load(self, listing: Iterable[ListedObject], again: bool = False) -> set[bytes]:
+        """Read listed segments into the index, in order, and return the names of the packs in them."""
+        segments = [item for item in listing if self._keys.segment_time(item.key) is not None]
+        with self._seen_lock:
+            chosen = [item for item in segments if again or item.key not in self._seen]
+        names: set[bytes] = set()
+        for item, packs in zip(chosen, self._map(self._load_segment, chosen), strict=True):
+            if packs is not None:
+                self._index.add(packs)
+                names.update(pack.name for pack in packs)
+            elif not again:
+                self._rebuild_at = time.monotonic()
+            with self._seen_lock:
+                self._seen.add(item.key)
+            self._newest = max(self._newest, self._keys.segment_time(item.key) or 0)
+        return names
+
+    def _load_segment(self, item: ListedObject) -> list[Pack] | None:
+        """Read one segment; None if it cannot be used."""
+        try:
+            if not 0 < item.size <= MAX_SEGMENT_BYTES:
+                raise CorruptBlock(f"an index segment of {item.size} bytes")
+            data = bytearray(item.size)
+            self._bucket.get_range(item.key, 0, memoryview(data))
+            packs = read_segment(data, self._namespace.id, self._max_block_bytes)
+        except ObjectMissing:
+            # Compacted away between the listing and now.
+            return []
+        except CorruptBlock as error:
+            self._counters.add("index_segments_corrupt")
+            log_once(
+                _logger, "segment", "%s: %s; its packs are found again by their footers", item.key, error
+            )
+            return None
+        self._counters.add("index_segments_loaded")
+        return packs
+
+    def _recover(self, name: bytes) -> Pack | None:
+        try:
+            return self._index.pack(name) or self.read_pack(name)
+        except (CorruptBlock, ObjectMissing):
+            return None
+
+    def _map(self, call: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+        """Call with each item on several threads; give the results in order."""
+        futures = [self._pool.submit(partial(call, item)) for item in items]
+        for future in futures:
+            try:
+                yield future.result()
+            except CancelledError:
+                raise TierUnavailable("the tier is being closed") from None
+
+
+def _same_json(ours: bytes, theirs: bytes) -> bool:
+    try:
+        return bool(json.loads(ours) == json.loads(theirs))
+    except ValueError:
+        return False

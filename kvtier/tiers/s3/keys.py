@@ -1,0 +1,54 @@
+"""Where everything lies in the bucket."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from kvtier.hashing import HASH_BYTES
+
+_NAME = re.compile(r"[0-9a-f]{32}\.kvp")
+_SEGMENT = re.compile(r"([0-9]{20})-[0-9a-f]{16}\.kvi")
+
+
+class Keys:
+    """The object keys of one namespace: `{prefix}/{namespace}/...`.
+
+    Attributes:
+        namespace: Key of the namespace document.
+        packs: What the keys of all packs begin with.
+        index: What the keys of all index segments begin with.
+    """
+
+    def __init__(self, prefix: str, namespace_hex: str):
+        """Prepare the keys; `prefix` may be empty."""
+        root = f"{prefix}/{namespace_hex}" if prefix else namespace_hex
+        self.namespace = f"{root}/namespace.json"
+        self.packs = f"{root}/packs/"
+        self.index = f"{root}/index/"
+
+    def pack(self, name: bytes) -> str:
+        """Return the key of a pack; its first two digits spread packs over key prefixes."""
+        digits = name.hex()
+        return f"{self.packs}{digits[:2]}/{digits}.kvp"
+
+    def pack_name(self, key: str) -> bytes | None:
+        """Return the name of the pack that `key` is of, None if it is not a pack's key."""
+        tail = key[len(self.packs) + 3 :]
+        if not _NAME.fullmatch(tail):
+            return None
+        name = bytes.fromhex(tail[: 2 * HASH_BYTES])
+        return name if self.pack(name) == key else None
+
+    def new_segment(self, time_ns: int) -> str:
+        """Return a fresh key for an index segment written at `time_ns`, nanoseconds since 1970."""
+        return f"{self.segments_from(time_ns)}-{secrets.token_hex(8)}.kvi"
+
+    def segments_from(self, time_ns: int) -> str:
+        """Return what sorts before all keys of segments written at `time_ns` or later."""
+        return f"{self.index}{max(0, time_ns):020d}"
+
+    def segment_time(self, key: str) -> int | None:
+        """Return when a segment says that it was written, in nanoseconds; None if `key` is no segment's."""
+        match = _SEGMENT.fullmatch(key[len(self.index) :]) if key.startswith(self.index) else None
+        return int(match[1]) if match else None

@@ -1,0 +1,70 @@
+"""A pool of daemon threads: a request that hangs must not keep the engine's process alive."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class DaemonPool:
+    """Runs calls first come, first served, on up to `limit` threads that start when they are needed.
+
+    `concurrent.futures.ThreadPoolExecutor` would do, but the interpreter waits for its threads at exit.
+    """
+
+    def __init__(self, name: str, limit: int):
+        """Make a pool; its threads are called `name`."""
+        self._name = name
+        self._limit = limit
+        self._wake = threading.Condition()
+        self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._threads = 0
+        self._idle = 0
+        self._closed = False
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Queue a call. On a closed pool the future comes back cancelled."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._closed:
+                future.cancel()
+                return future
+            self._jobs.append((future, call))
+            if self._idle >= len(self._jobs):
+                self._wake.notify()
+            elif self._threads < self._limit:
+                self._threads += 1
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        """Cancel what has not begun and let the threads end; what has begun is not waited for."""
+        with self._wake:
+            self._closed = True
+            for future, _ in self._jobs:
+                future.cancel()
+            self._jobs.clear()
+            self._wake.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._idle += 1
+                while not self._jobs and not self._closed:
+                    self._wake.wait()
+                self._idle -= 1
+                if self._closed:
+                    return
+                future, call = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - it belongs to whoever holds the future
+                    future.set_exception(error)
+            # Not kept alive by a thread that waits for work.
+            del future, call

@@ -1,0 +1,161 @@
+"""Reading blocks: neighbours in one ranged GET, many GETs under way, the front of a prefix first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from functools import partial
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.tiers.base import Deliver
+from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
+from kvtier.tiers.s3.health import Health
+from kvtier.tiers.s3.index import BlockIndex, Location
+from kvtier.tiers.s3.keys import Keys
+from kvtier.tiers.s3.pack import Pack
+from kvtier.tiers.s3.pool import DaemonPool
+
+_logger = logging.getLogger(__name__)
+
+MAX_RANGE_BYTES = 16 << 20
+MAX_GAP_BYTES = 64 << 10
+"""Blocks closer than this are fetched together: a request costs more than the bytes between."""
+
+
+@dataclass(slots=True)
+class RangePlan:
+    """One ranged GET and the blocks that it brings.
+
+    Attributes:
+        pack: The pack to read.
+        offset: First byte.
+        length: Bytes.
+        blocks: Where the blocks lie, in the order of their offsets.
+    """
+
+    pack: Pack
+    offset: int
+    length: int
+    blocks: list[Location] = field(default_factory=list)
+
+
+def plan_ranges(locations: Sequence[Location]) -> list[RangePlan]:
+    """Group blocks into ranged GETs of at most `MAX_RANGE_BYTES` (a larger block comes alone).
+
+    Args:
+        locations: Blocks in the order in which they are wanted.
+
+    Returns:
+        Ranges, in the order of the first block that was wanted of each pack.
+    """
+    by_pack: dict[bytes, list[Location]] = {}
+    for location in locations:
+        by_pack.setdefault(location.pack.name, []).append(location)
+    plans: list[RangePlan] = []
+    for group in by_pack.values():
+        plan: RangePlan | None = None
+        for location in sorted(group, key=lambda place: place.offset):
+            end = location.offset + location.length
+            if (
+                plan is None
+                or location.offset - (plan.offset + plan.length) > MAX_GAP_BYTES
+                or end - plan.offset > MAX_RANGE_BYTES
+            ):
+                plan = RangePlan(location.pack, location.offset, location.length)
+                plans.append(plan)
+            plan.length = end - plan.offset
+            plan.blocks.append(location)
+    return plans
+
+
+class BlockReader:
+    """Fetches blocks with a pool of threads that all reads share."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        keys: Keys,
+        index: BlockIndex,
+        health: Health,
+        counters: Counters,
+        concurrency: int,
+    ):
+        """Prepare `concurrency` threads; they start when they are needed."""
+        self._bucket = bucket
+        self._keys = keys
+        self._index = index
+        self._health = health
+        self._counters = counters
+        self._pool = DaemonPool("kvtier-s3-read", concurrency)
+        self._buffers = threading.local()
+
+    def read(self, hashes: Sequence[bytes], deliver: Deliver) -> None:
+        """Deliver every block of `hashes` once, None for those that cannot be had; see `Tier.read`."""
+        wanted = dict.fromkeys(hashes)
+        locations = [] if self._health.breaker.is_open else self._index.locate(wanted)
+        plans = plan_ranges(locations)
+        futures = [self._pool.submit(partial(self._fetch, plan, deliver)) for plan in plans]
+        found = {location.hash for location in locations}
+        for block_hash in wanted:
+            if block_hash not in found:
+                self._deliver(deliver, block_hash, None)
+        for plan, future in zip(plans, futures, strict=True):
+            if not _has_run(future):
+                self._deliver_all(plan, deliver, None)
+
+    def close(self) -> None:
+        """Take no more requests; those under way run into their time-outs at worst."""
+        self._pool.close()
+
+    def _fetch(self, plan: RangePlan, deliver: Deliver) -> None:
+        self._deliver_all(plan, deliver, self._receive(plan))
+
+    def _receive(self, plan: RangePlan) -> memoryview | None:
+        if self._health.breaker.is_open:
+            return None
+        try:
+            with self._health.watched():
+                data = self._buffer(plan.length)
+                self._bucket.get_range(self._keys.pack(plan.pack.name), plan.offset, data)
+            return data.toreadonly()
+        except ObjectMissing:
+            self._index.forget(plan.pack)
+        except Exception:  # noqa: BLE001 - counted and logged by `watched`; a miss whatever it was
+            self._counters.add("failed_ranges")
+        return None
+
+    def _buffer(self, length: int) -> memoryview:
+        """Return this thread's buffer: pages that have been touched once are not cleared again."""
+        if length > MAX_RANGE_BYTES:
+            return memoryview(bytearray(length))
+        kept: memoryview | None = getattr(self._buffers, "kept", None)
+        if kept is None or len(kept) < length:
+            kept = self._buffers.kept = memoryview(bytearray(length))
+        return kept[:length]
+
+    def _deliver_all(self, plan: RangePlan, deliver: Deliver, data: memoryview | None) -> None:
+        for location in plan.blocks:
+            start = location.offset - plan.offset
+            payload = None if data is None else data[start : start + location.length]
+            self._deliver(deliver, location.hash, payload)
+
+    def _deliver(self, deliver: Deliver, block_hash: bytes, payload: memoryview | None) -> None:
+        self._counters.add("blocks_missed" if payload is None else "blocks_read")
+        try:
+            deliver(block_hash, payload)
+        except Exception as error:  # noqa: BLE001 - the caller's defect; the other blocks go on
+            self._counters.add("errors_deliver")
+            log_once(_logger, "deliver", "a receiver of blocks failed: %r", error)
+
+
+def _has_run(future: Future[None]) -> bool:
+    """Wait for a fetch; False if the closing pool cancelled it, so that it has delivered nothing."""
+    try:
+        future.result()
+    except CancelledError:
+        return False
+    return True

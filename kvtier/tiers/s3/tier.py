@@ -1,0 +1,197 @@
+"""The bucket as a tier: packs and index segments behind the tier protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvtier._counters import Counters
+from kvtier.config import S3Config
+from kvtier.hashing import Namespace
+from kvtier.layout import BlockLayout
+from kvtier.tiers.base import Deliver, StoredBlock
+from kvtier.tiers.s3.breaker import Breaker
+from kvtier.tiers.s3.bucket import Bucket
+from kvtier.tiers.s3.catalog import Catalog
+from kvtier.tiers.s3.client import BotoBucket
+from kvtier.tiers.s3.health import Health
+from kvtier.tiers.s3.index import BlockIndex
+from kvtier.tiers.s3.keys import Keys
+from kvtier.tiers.s3.pack import window_blocks
+from kvtier.tiers.s3.reader import BlockReader
+from kvtier.tiers.s3.uploader import Uploader
+
+_UPLOADS = 8
+_PACK_DELAY_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+PENDING_BYTES = 256 << 20
+"""Default limit of the bytes that wait for upload."""
+
+
+class S3Tier:
+    """Encoded blocks in a bucket that any number of nodes share.
+
+    Lookups are answered from an index in memory that follows the bucket's in the background; until it is
+    loaded, and while the bucket does not answer, every lookup is a miss. Reads are ranged GETs of packs,
+    writes are queued, packed and uploaded behind the caller's back. docs/bucket-layout.md has the bytes.
+
+    Attributes:
+        name: "s3".
+    """
+
+    name = "s3"
+
+    def __init__(
+        self,
+        config: S3Config,
+        namespace: Namespace,
+        layout: BlockLayout,
+        max_encoded_bytes: int,
+        *,
+        bucket: Bucket | None = None,
+        pending_limit: int = PENDING_BYTES,
+        longest_pause: float = _LONGEST_PAUSE_SECONDS,
+    ):
+        """Start the tier. Nothing here waits for the network or fails because of it.
+
+        Args:
+            config: Where the bucket is, and how patient to be with it.
+            namespace: Whose blocks these are; blocks of others are never seen.
+            layout: Geometry of a block; decides how many make a pack.
+            max_encoded_bytes: No payload is longer; larger ones are refused, and never fetched.
+            bucket: How to reach the bucket; None for boto3.
+            pending_limit: Bytes that may wait for upload.
+            longest_pause: Seconds between attempts at a bucket that does not answer, at most.
+        """
+        self._counters = Counters()
+        self._bucket = bucket or BotoBucket(config, self._counters)
+        keys = Keys(config.prefix, namespace.hex)
+        self._index = BlockIndex()
+        self._reading = Health(
+            "reading", Breaker(longest_pause, on_open=lambda: self._catalog.wake()), self._counters
+        )
+        self._writing = Health("writing", Breaker(longest_pause), self._counters)
+        self._catalog = Catalog(
+            self._bucket,
+            keys,
+            namespace,
+            self._index,
+            self._reading,
+            self._counters,
+            max_encoded_bytes,
+            config.index_refresh,
+            on_ready=lambda: self._uploader.start(),
+        )
+        self._reader = BlockReader(
+            self._bucket, keys, self._index, self._reading, self._counters, config.concurrency
+        )
+        self._uploader = Uploader(
+            self._bucket,
+            keys,
+            namespace.id,
+            self._index,
+            self._catalog,
+            self._writing,
+            self._counters,
+            window_blocks=window_blocks(layout),
+            max_block_bytes=max_encoded_bytes,
+            pending_limit=pending_limit,
+            pack_delay=_PACK_DELAY_SECONDS,
+            threads=min(_UPLOADS, config.concurrency),
+        )
+        self._closed = False
+        self._catalog.start()
+
+    def match(self, hashes: Sequence[bytes]) -> int:
+        """Return the length of the longest leading run that the index knows; from memory, without I/O."""
+        if self._closed or self._reading.breaker.is_open:
+            return 0
+        return self._index.match(hashes)
+
+    def read(self, hashes: Sequence[bytes], deliver: Deliver) -> None:
+        """Fetch blocks with as few ranged GETs as they allow; see `Tier.read`."""
+        self._reader.read(hashes, deliver)
+
+    def write(self, blocks: Sequence[StoredBlock]) -> int:
+        """Queue blocks for upload; see `Tier.write`."""
+        return self._uploader.write(blocks)
+
+    def discard(self, hashes: Sequence[bytes]) -> None:
+        """Refuse these blocks where they lie now, for as long as this process lives; deletes no object."""
+        self._index.quarantine(hashes)
+
+    def flush(self, timeout: float) -> bool:
+        """Upload and publish what was written; False if some of it is not there after `timeout` seconds."""
+        return self._uploader.flush(timeout)
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Wait until the index is loaded for the first time; False if it is not after `timeout` seconds."""
+        return self._catalog.ready.wait(timeout)
+
+    def refresh(self) -> bool:
+        """Look now for what other nodes have published; False if the bucket does not answer."""
+        try:
+            with self._reading.watched():
+                self._catalog.refresh()
+        except Exception:  # noqa: BLE001 - counted and logged by `watched`
+            return False
+        return True
+
+    def rebuild_index(self) -> int:
+        """Index and publish the packs that no readable index segment lists; for the command line.
+
+        Returns:
+            How many packs were found that way.
+
+        Raises:
+            TierError: The bucket does not answer or refuses.
+        """
+        with self._reading.watched():
+            return self._catalog.rebuild()
+
+    def stats(self) -> Mapping[str, int | float]:
+        """Return counters and gauges; `errors_<cause>` and `<kind>_requests` appear as they occur."""
+        blocks, packs, quarantined = self._index.counts()
+        return {
+            **dict.fromkeys(_COUNTERS, 0),
+            **self._counters.snapshot(),
+            "blocks_known": blocks,
+            "packs_known": packs,
+            "quarantined_blocks": quarantined,
+            "pending_bytes": self._uploader.pending_bytes,
+            "breaker_open": int(self._reading.breaker.is_open),
+            "write_breaker_open": int(self._writing.breaker.is_open),
+            "ready": int(self._catalog.ready.is_set()),
+        }
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Flush within `timeout` seconds and end all threads; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._uploader.close(timeout)
+        self._catalog.close()
+        self._reader.close()
+        self._bucket.close()
+
+
+_COUNTERS = (
+    "get_requests",
+    "put_requests",
+    "list_requests",
+    "get_bytes",
+    "put_bytes",
+    "blocks_read",
+    "blocks_missed",
+    "blocks_refused",
+    "blocks_dropped",
+    "packs_uploaded",
+    "packs_found",
+    "packs_corrupt",
+    "packs_recovered",
+    "index_segments_loaded",
+    "index_segments_written",
+    "index_segments_corrupt",
+    "index_rebuilds",
+    "bad_replies",
+    "namespace_mismatches",
+)
