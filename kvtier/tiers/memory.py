@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from kvtier._logging import log_once
-from kvtier.tiers.arena import Arena
+from kvtier.tiers.arena import Arena, ArenaPart, MappedMemory
 from kvtier.tiers.base import Deliver, StoredBlock
 
 _logger = logging.getLogger(__name__)
 
 SlotState = Literal["absent", "filling", "ready"]
 
-_NO_TICKET = -1
 _SLOT_MASK = 0xFFFFFFFF
 _GENERATIONS = 0x7FFFFFFF
 
@@ -32,12 +31,14 @@ class MemoryTier:
     Blocks used in one call count as used last to first: of one chain the tail is evicted before the head,
     without which it would be useless.
 
+    The slots may also be a changing part of memory that several tiers share (`within`, `grow`, `shrink`).
+
     Payloads are raw slots of exactly `slot_bytes`. All methods are thread-safe and short: none copies
     blocks under the lock, and `read` and `write` alone copy or wait at all.
 
     Attributes:
         name: "memory".
-        slots: How many slots there are.
+        slots: How many slots there are at present.
         slot_bytes: Usable bytes of a slot.
         slot_stride: Bytes from one slot to the next, `slot_bytes` rounded up to 4096.
     """
@@ -51,10 +52,24 @@ class MemoryTier:
             ConfigError: `capacity_bytes` does not hold one slot.
             OSError: The kernel refuses the memory.
         """
-        self._arena = Arena(capacity_bytes, slot_bytes)
-        self.slots = self._arena.slots
-        self.slot_bytes = slot_bytes
-        self.slot_stride = self._arena.slot_stride
+        self._set_up(Arena(capacity_bytes, slot_bytes))
+
+    @classmethod
+    def within(cls, memory: MappedMemory, slot_bytes: int) -> MemoryTier:
+        """Make a tier without slots in memory that it shares; `grow` gives it slots.
+
+        Raises:
+            ConfigError: `slot_bytes` is not positive.
+        """
+        tier = cls.__new__(cls)
+        tier._set_up(ArenaPart(memory, slot_bytes))
+        return tier
+
+    def _set_up(self, arena: Arena | ArenaPart) -> None:
+        self._arena = arena
+        self.slots = arena.slots
+        self.slot_bytes = arena.slot_bytes
+        self.slot_stride = arena.slot_stride
 
         self._lock = threading.Lock()
         self._closed = False
@@ -63,11 +78,16 @@ class MemoryTier:
         self._filling: dict[bytes, int] = {}
         # Ready slots without pins, least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._pins = [0] * self.slots
-        # The hash that a slot can be found by, or will be; None for free and discarded slots.
-        self._hash: list[bytes | None] = [None] * self.slots
-        self._ticket = [_NO_TICKET] * self.slots
+        # Slots with pins, and how many.
+        self._pins: dict[int, int] = {}
+        # The hash that a slot can be found by, or will be; free and discarded slots have none.
+        self._hash: dict[int, bytes] = {}
+        self._ticket: dict[int, int] = {}
         self._generation = 0
+        self._owned = set(range(self.slots))
+        # Slots that are to be given back, and those that nobody uses any more.
+        self._leaving: set[int] = set()
+        self._left: list[int] = []
         self._counts = dict.fromkeys(("hits", "misses", "writes", "evictions", "full", "misuse"), 0)
 
     @property
@@ -115,9 +135,10 @@ class MemoryTier:
                 slot = ready.get(block_hash)
                 if slot is None:
                     break
-                if pins[slot] == 0:
+                held = pins.get(slot, 0)
+                if not held:
                     del idle[slot]
-                pins[slot] += 1
+                pins[slot] = held + 1
                 slots.append(slot)
             self._counts["hits"] += len(slots)
             self._counts["misses"] += len(hashes) - len(slots)
@@ -129,17 +150,19 @@ class MemoryTier:
         released: list[int] = []
         with self._lock:
             for slot in slots:
-                if pins[slot] == 0:
-                    self._counts["misuse"] += 1
-                    continue
-                pins[slot] -= 1
-                if pins[slot] == 0:
+                held = pins.get(slot, 0)
+                if held > 1:
+                    pins[slot] = held - 1
+                elif held:
+                    del pins[slot]
                     released.append(slot)
-            for slot in reversed(released):
-                if self._hash[slot] is None:
-                    self._release(slot)
                 else:
+                    self._counts["misuse"] += 1
+            for slot in reversed(released):
+                if slot in self._hash:
                     self._idle[slot] = None
+                else:
+                    self._release(slot)
 
     def reserve(self, hashes: Sequence[bytes]) -> list[int | None]:
         """Reserve a slot for each block that is neither ready nor being filled.
@@ -193,7 +216,7 @@ class MemoryTier:
                 if slot is None:
                     published.append(False)
                     continue
-                block_hash = self._hash[slot]
+                block_hash = self._hash.get(slot)
                 if block_hash is None:
                     self._release(slot)
                     published.append(False)
@@ -217,7 +240,7 @@ class MemoryTier:
                 slot = self._redeem(ticket)
                 if slot is None:
                     continue
-                block_hash = self._hash[slot]
+                block_hash = self._hash.get(slot)
                 if block_hash is not None:
                     del self._filling[block_hash]
                 self._release(slot)
@@ -226,16 +249,38 @@ class MemoryTier:
         """Make blocks unfindable, whether ready or being filled."""
         with self._lock:
             for block_hash in hashes:
-                slot = self._ready.pop(block_hash, None)
-                if slot is not None:
-                    self._hash[slot] = None
-                    if self._pins[slot] == 0:
-                        del self._idle[slot]
-                        self._release(slot)
-                    continue
-                slot = self._filling.pop(block_hash, None)
-                if slot is not None:
-                    self._hash[slot] = None
+                self._discard(block_hash)
+
+    def grow(self, slots: Sequence[int]) -> None:
+        """Take over slots of the shared memory, which nobody else uses."""
+        with self._lock:
+            self._free.extend(reversed(slots))
+            self._owned.update(slots)
+            self.slots = len(self._owned)
+
+    def shrink(self, slots: int) -> None:
+        """Give back all but `slots` slots, those that lie highest in the memory, and forget their blocks.
+
+        What is pinned or being filled leaves when the last pin or the ticket goes; see `take_left`.
+        """
+        with self._lock:
+            surplus = sorted(self._owned)[slots:]
+            self._owned.difference_update(surplus)
+            self.slots = len(self._owned)
+            self._leaving.update(surplus)
+            for slot in surplus:
+                block_hash = self._hash.get(slot)
+                if block_hash is not None:
+                    self._discard(block_hash)
+            free, self._free = self._free, []
+            for slot in free:
+                self._release(slot)
+
+    def take_left(self) -> list[int]:
+        """Return the slots that left since the last call: nobody reads or writes them through this tier."""
+        with self._lock:
+            left, self._left = self._left, []
+            return left
 
     def match(self, hashes: Sequence[bytes]) -> int:
         """Return the length of the longest leading run of ready blocks."""
@@ -296,8 +341,8 @@ class MemoryTier:
             return {
                 **self._counts,
                 "blocks": len(self._ready),
-                "filling": self.slots - self._ticket.count(_NO_TICKET),
-                "pinned": self.slots - self._pins.count(0),
+                "filling": len(self._ticket),
+                "pinned": len(self._pins),
                 "free": len(self._free),
                 "slots": self.slots,
                 "size_bytes": len(self._ready) * self.slot_stride,
@@ -315,8 +360,7 @@ class MemoryTier:
             self._ready.clear()
             self._filling.clear()
             self._idle.clear()
-            self._hash = [None] * self.slots
-            self._ticket = [_NO_TICKET] * self.slots
+            self._hash.clear()
         self._arena.close()
 
     def _take(self) -> int | None:
@@ -326,21 +370,35 @@ class MemoryTier:
         if not self._idle:
             return None
         slot, _ = self._idle.popitem(last=False)
-        evicted = self._hash[slot]
-        if evicted is not None:
-            del self._ready[evicted]
+        del self._ready[self._hash.pop(slot)]
         self._counts["evictions"] += 1
         return slot
 
     def _redeem(self, ticket: int) -> int | None:
         """Return the slot of a valid ticket, which is used up by this; None for a stale one."""
         slot = ticket & _SLOT_MASK
-        if slot >= self.slots or self._ticket[slot] != ticket:
+        if self._ticket.get(slot) != ticket:
             return None
-        self._ticket[slot] = _NO_TICKET
+        del self._ticket[slot]
         return slot
+
+    def _discard(self, block_hash: bytes) -> None:
+        slot = self._ready.pop(block_hash, None)
+        if slot is not None:
+            del self._hash[slot]
+            if slot not in self._pins:
+                del self._idle[slot]
+                self._release(slot)
+            return
+        slot = self._filling.pop(block_hash, None)
+        if slot is not None:
+            del self._hash[slot]
 
     def _release(self, slot: int) -> None:
         """Make a slot free that nobody can find, pins or fills."""
-        self._hash[slot] = None
-        self._free.append(slot)
+        self._hash.pop(slot, None)
+        if slot in self._leaving:
+            self._leaving.remove(slot)
+            self._left.append(slot)
+        else:
+            self._free.append(slot)
