@@ -93,5 +93,10 @@ class StoreClient(Protocol):
 
 
 def ticket_slot(ticket: int) -> int:
-    """Return the arena slot of a ticket."""
-    return ticket & 0xFFFFFFFF
+    """Return the slot of a ticket.
+
+    From the lowest bit on, a ticket has 32 bits of place in the arena, 31 of generation, and the epoch: the
+    arena's number where a process sees several in its life, as clients of an agent do. A slot has 32 bits of
+    place and the epoch. Both are opaque to engines.
+    """
+    return (ticket >> 63) << 32 | (ticket & 0xFFFFFFFF)

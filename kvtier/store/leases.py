@@ -15,6 +15,7 @@ class _Lease:
     slots: Sequence[int]
     expires: float
     holders: set[int]
+    owner: int
 
 
 class LeaseTable:
@@ -22,14 +23,12 @@ class LeaseTable:
 
     Args:
         memory: The arena whose pins the leases stand for.
-        shards: How many shards hold each lease; it ends when all of them have released it.
         seconds: Term of a lease.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, memory: MemoryTier, shards: int, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, memory: MemoryTier, seconds: float, clock: Callable[[], float]) -> None:
         self._memory = memory
-        self._shards = shards
         self._seconds = seconds
         self._clock = clock
         self._lock = threading.Lock()
@@ -41,11 +40,18 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, slots: Sequence[int]) -> int:
-        """Take over one pin on each of `slots` and return the lease that answers for them."""
+    def grant(self, slots: Sequence[int], holders: int, owner: int = 0) -> int:
+        """Take over one pin on each of `slots` and return the lease that answers for them.
+
+        Args:
+            slots: Pinned slots.
+            holders: How many ranks hold the lease; it ends when each of them has released it.
+            owner: Whom `end_all` of this owner ends it for.
+        """
         with self._lock:
             lease = next(self._ids)
-            self._leases[lease] = _Lease(slots, self._clock() + self._seconds, set(range(self._shards)))
+            expires = self._clock() + self._seconds
+            self._leases[lease] = _Lease(slots, expires, set(range(holders)), owner)
         return lease
 
     def renew(self, lease: int) -> bool:
@@ -74,6 +80,12 @@ class LeaseTable:
                     return
             del self._leases[lease]
             self._end(entry)
+
+    def end_all(self, owner: int) -> None:
+        """End every lease of one owner."""
+        with self._lock:
+            for lease in [lease for lease, entry in self._leases.items() if entry.owner == owner]:
+                self._end(self._leases.pop(lease))
 
     def expire(self) -> None:
         """End every lease whose term is over."""

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
@@ -24,6 +25,35 @@ _log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
 """A lease spans one engine iteration, from lookup to the end of the copy; a minute is far beyond any."""
+
+
+@dataclass(slots=True)
+class _Reservation:
+    """A block that is being filled, and the shards that have said that their bytes are in place."""
+
+    block: CommittedBlock
+    owner: int
+    committed: set[int] = field(default_factory=set)
+
+
+def open_tiers(config: Config, namespace: Namespace, layout: BlockLayout) -> list[Tier]:
+    """Open the lower tiers that `config` declares, fastest first.
+
+    Raises:
+        ConfigError: The disk tier is too small for a block, or a credential variable is unset.
+    """
+    bound = BlockCodec(layout, namespace.id).max_encoded_bytes
+    tiers: list[Tier] = []
+    # Imported here: a store without a bucket need not pay for the S3 client's import.
+    if config.disk:
+        from kvtier.tiers.disk import DiskTier
+
+        tiers.append(DiskTier(config.disk.path, config.disk.size, namespace, bound))
+    if config.s3:
+        from kvtier.tiers.s3 import S3Tier
+
+        tiers.append(S3Tier(config.s3, namespace, layout, bound))
+    return tiers
 
 
 class TieredStore:
@@ -55,11 +85,11 @@ class TieredStore:
         self._lookup_wait = lookup_wait
         self._counters = Counters()
         codec = BlockCodec(layout, namespace.id)
-        self._leases = LeaseTable(memory, layout.shards, LEASE_SECONDS, clock)
+        self._leases = LeaseTable(memory, LEASE_SECONDS, clock)
         self._writer = WriteThrough(memory, codec, self._tiers, self._counters)
         self._stager = Stager(memory, self._tiers, codec, self._counters, self._writer.promote)
         self._lock = threading.Lock()
-        self._filling: dict[int, tuple[CommittedBlock, set[int]]] = {}
+        self._filling: dict[int, _Reservation] = {}
         self._closed = False
 
     @classmethod
@@ -70,21 +100,25 @@ class TieredStore:
             ConfigError: The arena is too small for one block, or a credential variable is unset.
         """
         memory = MemoryTier(config.memory.size, layout.block_bytes)
-        bound = BlockCodec(layout, namespace.id).max_encoded_bytes
-        tiers: list[Tier] = []
-        # Imported here: a store without a bucket need not pay for the S3 client's import.
-        if config.disk:
-            from kvtier.tiers.disk import DiskTier
-
-            tiers.append(DiskTier(config.disk.path, config.disk.size, namespace, bound))
-        if config.s3:
-            from kvtier.tiers.s3 import S3Tier
-
-            tiers.append(S3Tier(config.s3, namespace, layout, bound))
+        tiers = open_tiers(config, namespace, layout)
         return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
 
-    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
-        """Find, stage and lease; see `StoreClient.match`."""
+    def match(
+        self,
+        hashes: Sequence[bytes],
+        wait: float | None = None,
+        *,
+        holders: int | None = None,
+        owner: int = 0,
+    ) -> Match:
+        """Find, stage and lease; see `StoreClient.match`.
+
+        Args:
+            hashes: Block hashes, in order.
+            wait: Seconds to wait at most.
+            holders: How many ranks have to release the lease; None: one for each shard.
+            owner: For `drop_owner`.
+        """
         if self._closed or not hashes:
             return Match()
         deadline = time.monotonic() + (self._lookup_wait if wait is None else wait)
@@ -105,7 +139,8 @@ class TieredStore:
         self._counters.add("missed_blocks", len(hashes) - len(slots))
         if not slots:
             return Match()
-        return Match(self._leases.grant(slots), tuple(slots), sources)
+        lease = self._leases.grant(slots, holders or self.layout.shards, owner)
+        return Match(lease, tuple(slots), sources)
 
     def renew(self, lease: int) -> bool:
         """Extend a lease; see `StoreClient.renew`."""
@@ -115,8 +150,10 @@ class TieredStore:
         """Give a lease up; see `StoreClient.release`."""
         self._leases.release(lease, shard)
 
-    def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
-        """Reserve slots for new blocks; see `StoreClient.reserve`."""
+    def reserve(
+        self, parent: bytes, position: int, hashes: Sequence[bytes], *, owner: int = 0
+    ) -> list[int | None]:
+        """Reserve slots for new blocks, for `owner`; see `StoreClient.reserve`."""
         if self._closed:
             return [None] * len(hashes)
         self._leases.expire()
@@ -126,7 +163,7 @@ class TieredStore:
                 if ticket is not None:
                     before = hashes[index - 1] if index else parent
                     block = CommittedBlock(hashes[index], before, position + index, ticket_slot(ticket))
-                    self._filling[ticket] = (block, set())
+                    self._filling[ticket] = _Reservation(block, owner)
         without_room = sum(
             ticket is None and self.memory.state(block) == "absent"
             for ticket, block in zip(tickets, hashes, strict=True)
@@ -143,11 +180,10 @@ class TieredStore:
                 entry = self._filling.get(ticket)
                 if entry is None:
                     continue
-                block, shards = entry
-                shards.add(shard)
-                if len(shards) == self.layout.shards:
+                entry.committed.add(shard)
+                if len(entry.committed) == self.layout.shards:
                     del self._filling[ticket]
-                    whole[ticket] = block
+                    whole[ticket] = entry.block
         published = self.memory.publish(list(whole), pin=True)
         blocks = [block for block, done in zip(whole.values(), published, strict=True) if done]
         self._counters.add("saved_blocks", len(blocks))
@@ -158,6 +194,13 @@ class TieredStore:
         with self._lock:
             known = [ticket for ticket in tickets if self._filling.pop(ticket, None)]
         self.memory.abort(known)
+
+    def drop_owner(self, owner: int) -> None:
+        """End the leases and reservations of one owner, whose processes are gone."""
+        self._leases.end_all(owner)
+        with self._lock:
+            tickets = [ticket for ticket, entry in self._filling.items() if entry.owner == owner]
+        self.abort(tickets)
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:
         """Return one shard's bytes of a slot; see `StoreClient.slot_view`."""

@@ -112,14 +112,13 @@ class WriteThrough:
         self._encoders = Workers("encode", max(1, min(8, (os.cpu_count() or 1) // 2)))
         self._changed = threading.Condition()
         self._pinned = 0
-        # Blocks that wait for their encoder are pinned, and pinned blocks cannot make room for new ones.
-        self._max_pinned = max(1, memory.slots // 2)
 
     def offer(self, blocks: Sequence[CommittedBlock]) -> None:
         """Take over pinned blocks; what is too much is unpinned at once and counted as dropped."""
         for block in blocks:
             with self._changed:
-                taken = bool(self._tiers) and self._pinned < self._max_pinned
+                # Blocks that wait for their encoder are pinned, and pinned ones make no room for new ones.
+                taken = bool(self._tiers) and self._pinned < max(1, self._memory.slots // 2)
                 self._pinned += taken
             if taken:
                 self._encoders.submit(partial(self._encode, block))
