@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvtier.config import machine
-from kvtier.config.model import Config, DiskConfig, S3Config
+from kvtier.config.model import AgentConfig, Config, DiskConfig, S3Config
 from kvtier.config.units import format_duration, format_size
 from kvtier.errors import ConfigError
 
@@ -22,6 +22,7 @@ def describe(config: Config) -> list[str]:
         f"memory: {size} of host memory hold the blocks that an engine can load at once; when full, the "
         "least recently used make room."
     ]
+    lines.append(_describe_agent(config.agent))
     lines += (
         _describe_disk(config.disk) if config.disk else ["disk: none; nothing is kept on this node's disk."]
     )
@@ -39,6 +40,15 @@ def describe(config: Config) -> list[str]:
             "warning: with neither disk nor s3, every block is lost when kvtier stops.",
         ]
     return lines
+
+
+def _describe_agent(agent: AgentConfig) -> str:
+    if agent.mode == "inprocess":
+        return "agent: none; each engine has its own store, and its memory goes when the engine stops."
+    place = f" with its sockets in {agent.directory}" if agent.directory else ""
+    health = f"; metrics and health on {agent.http}" if agent.http else ""
+    start = "the first engine starts it" if agent.mode == "auto" else "engines wait until somebody starts it"
+    return f"agent: one process holds the memory for all engines of the node{place}; {start}{health}."
 
 
 def _describe_disk(disk: DiskConfig) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kvtier.config.model import Config, DiskConfig, MemoryConfig, S3Config
+from kvtier.config.model import AgentConfig, Config, DiskConfig, MemoryConfig, S3Config
 from kvtier.config.rules import REFERENCE_PATTERN
 from kvtier.errors import ConfigError
 
@@ -28,6 +28,7 @@ _SECTIONS: Mapping[_Key, type[BaseModel]] = {
     ("memory",): MemoryConfig,
     ("disk",): DiskConfig,
     ("s3",): S3Config,
+    ("agent",): AgentConfig,
 }
 _KEY_SOURCES = (("s3", "access_key_env"), ("s3", "secret_key_env"))
 _LITERAL_KEY = re.compile(r"(access|secret|api).*key|^key$|token|passw|credential", re.IGNORECASE)
@@ -152,7 +153,7 @@ def _build(data: Any, problems: _Problems) -> Config:
     if not isinstance(data, Mapping):
         shown = "is empty" if data is None else f"is {_shown(data)}"
         problems.add(
-            (), f"{shown}; allowed: the sections memory, disk and s3, such as memory: {{size: 4GiB}}"
+            (), f"{shown}; allowed: the sections memory, disk, s3 and agent, such as memory: {{size: 4GiB}}"
         )
         problems.raise_if_any()
     expanded = _expand(data, (), problems)

@@ -146,6 +146,28 @@ class S3Config(_Section):
         )
 
 
+class AgentConfig(_Section):
+    """The node agent: the process that owns memory and tiers, for all engines of the node.
+
+    Attributes:
+        mode: "auto": engines use the agent, and start it when none runs; "external": they use it and never
+            start it; "inprocess": there is none, and each engine has a store of its own.
+        directory: Where its sockets lie; None for the usual place.
+        http: "HOST:PORT" of its metrics and health; None for a free port on loopback.
+    """
+
+    mode: Annotated[str, rules.AGENT_MODE] = Field(
+        default="auto",
+        description="Who starts the agent: engines (auto), others (external), nobody.",
+    )
+    directory: Annotated[Path, rules.SOCKET_DIRECTORY] | None = Field(
+        default=None, description="Directory of the agent's sockets; by default one for each configuration."
+    )
+    http: Annotated[str, rules.ADDRESS] | None = Field(
+        default=None, description="HOST:PORT of metrics and health; by default a free port on loopback."
+    )
+
+
 class Config(_Section):
     """Everything that kvtier can be told.
 
@@ -153,6 +175,7 @@ class Config(_Section):
         memory: The arena.
         disk: The tier on the local disk, None without one.
         s3: The tier in a bucket, None without one.
+        agent: The process that runs the tiers.
         lookup_wait: Seconds that a lookup waits at most for blocks that are being fetched.
         flush_timeout: Seconds that closing may take to write what is pending.
     """
@@ -160,6 +183,7 @@ class Config(_Section):
     memory: MemoryConfig
     disk: DiskConfig | None = None
     s3: S3Config | None = None
+    agent: AgentConfig = Field(default_factory=AgentConfig)
     lookup_wait: Annotated[float, rules.duration("0ms", "10s")] = _duration(
         "50ms", "How long a lookup waits at most for blocks that are being fetched."
     )

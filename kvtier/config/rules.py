@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ from kvtier.config.units import (
 REFERENCE_PATTERN = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
 """`${NAME}` and `${NAME:-default}`, which stand for the value of an environment variable: groups 1 and 3."""
 
+AGENT_MODES = ("auto", "external", "inprocess")
+
 _MAX_SIZE = 2**60
+# A socket's whole path has to fit into 107 bytes.
+_MAX_SOCKET_DIRECTORY = 80
 _BUCKET_PATTERN = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _PREFIX_PATTERN = r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*"
 _KEY_SOURCE_PATTERN = r"([A-Z_][A-Z0-9_]*)(:-(.+))?"
@@ -199,6 +204,33 @@ def _check_flag(value: Any, from_file: bool) -> bool:
     return flag
 
 
+def _check_agent_mode(value: Any, from_file: bool) -> str:
+    if value not in AGENT_MODES:
+        raise ValueError(f"is no way to run the store; allowed: {', '.join(AGENT_MODES)}")
+    return str(value)
+
+
+def _check_socket_directory(value: Any, from_file: bool) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError("is no path; allowed: the absolute path of a directory")
+    path = Path(value)
+    if not path.is_absolute():
+        raise ValueError("is a relative path; allowed: an absolute path")
+    if len(os.fsencode(path)) > _MAX_SOCKET_DIRECTORY:
+        raise ValueError(
+            f"is too long for the names of sockets below it; allowed: up to {_MAX_SOCKET_DIRECTORY} bytes"
+        )
+    return path
+
+
+def _check_address(value: Any, from_file: bool) -> str:
+    host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    valid_port = re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535
+    if not re.fullmatch(r"[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]", host) or not valid_port:
+        raise ValueError("is no address; allowed: HOST:PORT, such as 127.0.0.1:9464")
+    return str(value)
+
+
 def duration(minimum: str, maximum: str) -> Rule:
     """Make the rule for a duration between two others: text in a file, seconds (or text) in Python."""
     low, high = parse_duration(minimum), parse_duration(maximum)
@@ -232,4 +264,7 @@ CONCURRENCY = Rule(
     _check_concurrency,
     {"type": ["integer", "string"], "minimum": 1, "maximum": 1024, "pattern": _or_reference("[0-9]{1,4}")},
 )
+AGENT_MODE = Rule(_check_agent_mode, _text_schema("|".join(AGENT_MODES)))
+SOCKET_DIRECTORY = Rule(_check_socket_directory, _text_schema("/.*"))
+ADDRESS = Rule(_check_address, _text_schema(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}"))
 FLAG = Rule(_check_flag, {"type": ["boolean", "string"], "pattern": _or_reference("true|false")})

@@ -157,7 +157,7 @@ def test_every_key_and_default_is_documented() -> None:
             if "$ref" in ref
         },
     }
-    assert set(sections) == {"", "memory", "disk", "s3"}
+    assert set(sections) == {"", "memory", "disk", "s3", "agent"}
     for section, described in sections.items():
         for name, key in described["properties"].items():
             if "$ref" in key:

@@ -90,6 +90,10 @@ GOOD: list[Any] = [
     {**MEMORY, "s3": {**S3, "path_style": "false", "concurrency": "64", "endpoint": "https://[::1]:9000/"}},
     {**MEMORY, "s3": {**S3, "endpoint": "http://${KV_UNSET:-minio}:9000"}},
     {**MEMORY, "s3": {**S3, "access_key_env": "_A1", "secret_key_env": "B"}},
+    {**MEMORY, "agent": {}},
+    {**MEMORY, "agent": {"mode": "inprocess"}},
+    {**MEMORY, "agent": {"mode": "${KV_UNSET:-external}", "directory": "/run/x", "http": "127.0.0.1:9464"}},
+    {**MEMORY, "agent": {"http": "[::1]:80"}},
 ]
 BAD: list[Any] = [
     {},
@@ -139,6 +143,15 @@ BAD: list[Any] = [
     {**MEMORY, "s3": {**S3, "concurrency": 0}},
     {**MEMORY, "s3": {**S3, "concurrency": 1025}},
     {**MEMORY, "s3": {**S3, "concurrency": "x"}},
+    {**MEMORY, "agent": None},
+    {**MEMORY, "agent": "auto"},
+    {**MEMORY, "agent": {"mode": "on"}},
+    {**MEMORY, "agent": {"mode": True}},
+    {**MEMORY, "agent": {"directory": "run/x"}},
+    {**MEMORY, "agent": {"directory": 1}},
+    {**MEMORY, "agent": {"http": 9464}},
+    {**MEMORY, "agent": {"http": ":9464"}},
+    {**MEMORY, "agent": {"http": "http://localhost:9464"}},
 ]
 
 
