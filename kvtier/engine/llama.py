@@ -5,15 +5,20 @@ token to compute being padding, and attention runs over the request's context up
 given position all shapes, strides and alignments are the same in prefill, chunked prefill, a batch, after a
 load, or in decoding (a tile with one real row), and with them the order of every sum. Rows of a matrix
 product do not see each other, masked columns weigh exactly zero, and K and V are read back from the pool in
-its precision: hence the same bits.
+its precision: hence the same bits. Tiles are spread over threads, each operation running on one, so their
+number does not matter either.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
@@ -22,6 +27,9 @@ from kvtier.engine.config import ModelSpec
 from kvtier.engine.memory import KVMemory
 from kvtier.engine.model import LayerHook, Span
 from kvtier.engine.weights import load_tensors, model_dir
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +76,23 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class Tile:
-    """One block of one span; rows `first` to `last` are real. `hidden` is `[tokens_per_block, hidden]`."""
+    """One block of one span.
 
+    Attributes:
+        span: Whose block.
+        block: Which.
+        first: Its first real row.
+        last: The row after the last real one.
+        hidden: Activations, `[tokens_per_block, hidden]`.
+        query: Scaled and rotated queries of the current layer, `[heads, tokens_per_block, head_dim]`.
+    """
+
+    span: Span
     block: int
     first: int
     last: int
     hidden: torch.Tensor
+    query: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class LlamaModel:
@@ -84,7 +103,14 @@ class LlamaModel:
         path: The model directory.
     """
 
-    def __init__(self, directory: str | Path, device: str = "cpu") -> None:
+    def __init__(self, directory: str | Path, device: str = "cpu", threads: int | None = None) -> None:
+        """Map the weights of a model directory.
+
+        Args:
+            directory: See `kvtier.engine.weights.model_dir`.
+            device: Where to compute.
+            threads: Threads that compute on a CPU; None: one for each core that this process may use.
+        """
         self.path = str(directory)
         self.config = config = LlamaConfig.read(Path(directory))
         self.spec = ModelSpec(config.layers, config.kv_heads, config.head_dim, config.vocab_size)
@@ -108,6 +134,10 @@ class LlamaModel:
                 )
             )
         self._rope: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
+        self._pool: ThreadPoolExecutor | None = None
+        if self.device.type == "cpu":
+            count = threads or len(os.sched_getaffinity(0))
+            self._pool = ThreadPoolExecutor(count, "llama", initializer=partial(torch.set_num_threads, 1))
 
     def forward(
         self, spans: Sequence[Span], memory: KVMemory, before_layer: LayerHook, after_layer: LayerHook
@@ -121,18 +151,23 @@ class LlamaModel:
         self, spans: Sequence[Span], memory: KVMemory, before_layer: LayerHook, after_layer: LayerHook
     ) -> list[torch.Tensor | None]:
         """Compute spans and return, where wanted, the logits after their last token, `[vocab_size]`."""
-        size = memory.tokens_per_block
-        tiled = [self._tiles(span, size) for span in spans]
-        self._extend_rope(max(tiles[-1].block + 1 for tiles in tiled) * size)
+        tiled = [self._tiles(span, memory.tokens_per_block) for span in spans]
+        tiles = [tile for part in tiled for tile in part]
+        self._extend_rope(max(tile.block + 1 for tile in tiles) * memory.tokens_per_block)
         for layer, weights in enumerate(self._layers):
             before_layer(layer)
-            for span, tiles in zip(spans, tiled, strict=True):
-                self._layer(layer, weights, span, tiles, memory)
+            self._each(partial(self._project, layer, weights, memory), tiles)
+            read = self._each(partial(_read_context, layer, memory), spans)
+            contexts = {id(span): context for span, context in zip(spans, read, strict=True)}
+            self._each(partial(self._attend, memory.window_of(layer), weights, contexts), tiles)
             after_layer(layer)
-        return [
-            self._head_of(tiles[-1]) if span.sample else None
-            for span, tiles in zip(spans, tiled, strict=True)
-        ]
+        last = [part[-1] if part[-1].span.sample else None for part in tiled]
+        return self._each(self._predict, last)
+
+    def _each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        if self._pool is None:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
 
     def _tiles(self, span: Span, size: int) -> list[Tile]:
         tiles = []
@@ -141,40 +176,38 @@ class LlamaModel:
             last = min(span.end - block * size, size)
             tokens = torch.zeros(size, dtype=torch.long)
             tokens[first:last] = torch.tensor(span.tokens[block * size + first : block * size + last])
-            tiles.append(Tile(block, first, last, self._embedding[tokens.to(self.device)]))
+            tiles.append(Tile(span, block, first, last, self._embedding[tokens.to(self.device)]))
         return tiles
 
-    def _layer(
-        self, layer: int, weights: LayerWeights, span: Span, tiles: list[Tile], memory: KVMemory
-    ) -> None:
-        context = _Context(layer, span, tiles[0].block, memory)
-        for tile in tiles:
-            normed = self._normalize(tile.hidden, weights.input_norm)
-            query, key, value = self._rotated(normed, weights, tile.block)
-            context.append(tile, key, value)
-            attended = self._attend(query, tile, context, memory.window_of(layer))
-            tile.hidden = tile.hidden + functional.linear(attended, weights.output)
-            normed = self._normalize(tile.hidden, weights.post_norm)
-            gate, up = functional.linear(normed, weights.gate_up).chunk(2, dim=-1)
-            tile.hidden = tile.hidden + functional.linear(functional.silu(gate) * up, weights.down)
-
-    def _rotated(
-        self, normed: torch.Tensor, weights: LayerWeights, block: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return scaled q `[heads, rows, head_dim]`, k and v `[rows, kv_heads, head_dim]` of a tile."""
-        config, rows = self.config, len(normed)
+    @torch.inference_mode()
+    def _project(self, layer: int, weights: LayerWeights, memory: KVMemory, tile: Tile) -> None:
+        """Compute a tile's q, k and v, and write its real rows of k and v into the pool."""
+        config, rows = self.config, len(tile.hidden)
+        normed = self._normalize(tile.hidden, weights.input_norm)
         mixed = functional.linear(normed, weights.qkv).view(rows, -1, config.head_dim)
-        cos, sin = (part[block * rows : (block + 1) * rows, None] for part in self._rope)
+        cos, sin = (part[tile.block * rows : (tile.block + 1) * rows, None] for part in self._rope)
         turned = mixed[:, : config.heads + config.kv_heads]
         low, high = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
-        query = (turned[:, : config.heads] * config.head_dim**-0.5).transpose(0, 1).contiguous()
-        return query, turned[:, config.heads :], mixed[:, config.heads + config.kv_heads :]
+        tile.query = (turned[:, : config.heads] * config.head_dim**-0.5).transpose(0, 1).contiguous()
+        page = tile.span.pages[memory.group_of[layer]][tile.block]
+        real = slice(tile.first, tile.last)
+        key, value = turned[real, config.heads :], mixed[real, config.heads + config.kv_heads :]
+        memory.keys[layer][page, :, real] = key.to(memory.dtype).transpose(0, 1)
+        memory.values[layer][page, :, real] = value.to(memory.dtype).transpose(0, 1)
 
-    def _attend(self, query: torch.Tensor, tile: Tile, context: _Context, window: int | None) -> torch.Tensor:
-        heads, rows, dim = query.shape
-        grouped = query.view(self.config.kv_heads, -1, dim)
-        keys, values = context.up_to(tile.block)
+    @torch.inference_mode()
+    def _attend(
+        self,
+        window: int | None,
+        weights: LayerWeights,
+        contexts: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        tile: Tile,
+    ) -> None:
+        """Compute the rest of a layer for a tile, attending to everything up to the tile's end."""
+        heads, rows, dim = tile.query.shape
+        keys, values = (part[: (tile.block + 1) * rows] for part in contexts[id(tile.span)])
+        grouped = tile.query.view(self.config.kv_heads, -1, dim)
         scores = torch.bmm(grouped, keys.permute(1, 2, 0)).view(heads, rows, -1)
         # Row i sees its own block up to column i; a window hides what lies too far back.
         own = torch.arange(rows, device=self.device)
@@ -182,16 +215,24 @@ class LlamaModel:
         if window is not None:
             columns = torch.arange(len(keys), device=self.device)
             scores.masked_fill_(columns <= own[:, None] + len(keys) - rows - window, float("-inf"))
-        weighted = torch.bmm(scores.softmax(dim=-1).view(len(grouped), -1, len(keys)), values.transpose(0, 1))
-        return weighted.view(heads, rows, dim).transpose(0, 1).reshape(rows, -1)
+        shares = scores.softmax(dim=-1).view(len(grouped), -1, len(keys))
+        mixed = torch.bmm(shares, values.transpose(0, 1)).view(heads, rows, dim)
+        attended = mixed.transpose(0, 1).reshape(rows, -1)
+        hidden = tile.hidden + functional.linear(attended, weights.output)
+        normed = self._normalize(hidden, weights.post_norm)
+        gate, up = functional.linear(normed, weights.gate_up).chunk(2, dim=-1)
+        tile.hidden = hidden + functional.linear(functional.silu(gate) * up, weights.down)
 
-    def _normalize(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(hidden, (self.config.hidden,), weight, self.config.epsilon)
-
-    def _head_of(self, tile: Tile) -> torch.Tensor:
+    @torch.inference_mode()
+    def _predict(self, tile: Tile | None) -> torch.Tensor | None:
+        if tile is None:
+            return None
         # A copy, so that the row lies alike in memory wherever it stood in its tile.
         row = self._normalize(tile.hidden, self._norm)[tile.last - 1 : tile.last].clone()
         return functional.linear(row, self._head)[0]
+
+    def _normalize(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(hidden, (self.config.hidden,), weight, self.config.epsilon)
 
     def _extend_rope(self, positions: int) -> None:
         if len(self._rope[0]) >= positions:
@@ -203,36 +244,26 @@ class LlamaModel:
         self._rope = (angles.cos(), angles.sin())
 
 
-class _Context:
-    """One layer's K and V of one request as the pool holds them, float32 `[tokens, kv_heads, head_dim]`."""
+@torch.inference_mode()
+def _read_context(layer: int, memory: KVMemory, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one layer's K and V of a span's whole context from the pool.
 
-    def __init__(self, layer: int, span: Span, first_block: int, memory: KVMemory) -> None:
-        self._size = size = memory.tokens_per_block
-        self._rows = (memory.keys[layer], memory.values[layer])
-        self._pages = span.pages[memory.group_of[layer]]
-        shape = (len(self._pages) * size, memory.spec.kv_heads, memory.spec.head_dim)
-        self._buffers = tuple(torch.zeros(shape, device=memory.device) for _ in range(2))
-        held = [(block, page) for block, page in enumerate(self._pages[:first_block]) if page >= 0]
-        if held:
-            self._read(*zip(*held, strict=True))
-
-    def append(self, tile: Tile, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write a tile's real rows into the pool and read its block back, up to the last real row."""
-        page, start = self._pages[tile.block], tile.block * self._size
-        for rows, new, buffer in zip(self._rows, (key, value), self._buffers, strict=True):
-            kept = new[tile.first : tile.last].to(rows.dtype).transpose(0, 1)
-            rows[page, :, tile.first : tile.last] = kept
-            buffer[start : start + tile.last] = rows[page, :, : tile.last].transpose(0, 1)
-
-    def up_to(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V of everything up to the end of a block; rows that nothing was written to are 0."""
-        end = (block + 1) * self._size
-        return self._buffers[0][:end], self._buffers[1][:end]
-
-    def _read(self, blocks: tuple[int, ...], pages: tuple[int, ...]) -> None:
-        for rows, buffer in zip(self._rows, self._buffers, strict=True):
-            tokens = buffer.view(-1, self._size, *buffer.shape[1:])
-            tokens[list(blocks)] = rows[list(pages)].transpose(1, 2).to(buffer.dtype)
+    Returns:
+        Two float32 tensors `[blocks * tokens_per_block, kv_heads, head_dim]`; rows from `span.end` on, and
+        those of blocks without a page, are zero, whatever the pool holds there.
+    """
+    blocks = -(-span.end // memory.tokens_per_block)
+    listed = span.pages[memory.group_of[layer]][:blocks]
+    held = [block for block, page in enumerate(listed) if page >= 0]
+    pages = [listed[block] for block in held]
+    shape = (blocks, memory.tokens_per_block, memory.spec.kv_heads, memory.spec.head_dim)
+    both = []
+    for rows in (memory.keys[layer], memory.values[layer]):
+        context = torch.zeros(shape, device=memory.device)
+        context[held] = rows[pages].transpose(1, 2).to(context.dtype)
+        context.flatten(0, 1)[span.end :] = 0
+        both.append(context.flatten(0, 1))
+    return both[0], both[1]
 
 
 _PARTS = (
@@ -248,6 +279,8 @@ _PARTS = (
 )
 
 
-def load_model(directory: str | Path | None = None, device: str = "cpu") -> LlamaModel:
+def load_model(
+    directory: str | Path | None = None, device: str = "cpu", threads: int | None = None
+) -> LlamaModel:
     """Load a model directory; None: the one made from the packaged SmolLM2-135M."""
-    return LlamaModel(directory if directory is not None else model_dir(), device)
+    return LlamaModel(directory if directory is not None else model_dir(), device, threads)

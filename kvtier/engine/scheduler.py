@@ -72,7 +72,9 @@ class Scheduler:
         budget = self._config.max_tokens_per_step or UNLIMITED
         pauses = self.pauses
         for sequence in list(self.active):
-            if sequence.state is State.GENERATION and self._make_room(sequence, len(sequence.device_tokens)):
+            if sequence.state is not State.GENERATION:
+                continue
+            if self._make_room(sequence, len(sequence.device_tokens), batch):
                 self._cache.pass_window(sequence, len(sequence.device_tokens) - 1)
                 batch.generation.append(sequence)
                 budget -= 1
@@ -80,7 +82,7 @@ class Scheduler:
             if sequence.state is not State.CONTEXT:
                 continue
             end = self._cache.chunk_end(sequence.position, budget, sequence.prompt_len)
-            if end > sequence.position and self._make_room(sequence, end):
+            if end > sequence.position and self._make_room(sequence, end, batch):
                 self._cache.pass_window(sequence, sequence.position)
                 sequence.chunk = end - sequence.position
                 batch.context.append(sequence)
@@ -124,14 +126,19 @@ class Scheduler:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def _make_room(self, sequence: Sequence, tokens: int) -> bool:
+    def _make_room(self, sequence: Sequence, tokens: int, batch: Batch) -> bool:
+        """Let a request grow, pausing the youngest that may be paused: not loading, not in the batch yet."""
         while not self._cache.grow(sequence, tokens):
             younger = self.active[self.active.index(sequence) + 1 :]
-            victims = [s for s in younger if s.state in (State.CONTEXT, State.GENERATION)]
+            victims = [
+                other
+                for other in younger
+                if other.state in (State.CONTEXT, State.GENERATION) and other not in batch.generation
+            ]
             if not victims:
                 return False
             self.pause(victims[-1])
-        return sequence.state is not State.WAITING
+        return True
 
     def _blocks_to_the_end(self, sequence: Sequence) -> int:
         return self._cache.blocks_for(len(sequence.request.prompt) + sequence.request.max_new_tokens)
