@@ -1,0 +1,264 @@
+"""The store client that speaks to the node agent."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+
+from kvtier._counters import Counters
+from kvtier.agent import wire
+from kvtier.agent.launch import launch
+from kvtier.agent.link import Link, State
+from kvtier.agent.mapping import Mappings, Prepare
+from kvtier.agent.place import agent_directory
+from kvtier.config import Config
+from kvtier.hashing import Namespace
+from kvtier.layout import BlockLayout
+from kvtier.store.base import Match
+from kvtier.store.tiered import LEASE_SECONDS
+
+CONNECT_SECONDS = 30.0
+"""How long `connect` waits for the agent; the client works as soon as there is one, also later."""
+
+RENEWED_SECONDS = 30.0
+"""What a lease has left at least when `renew` says that it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long calls wait for the agent.
+
+    Attributes:
+        match: Seconds beyond those that the lookup itself may wait.
+        call: Seconds that every other call waits.
+    """
+
+    match: float = 0.02
+    call: float = 0.05
+
+
+class AgentClient:
+    """Implements `kvtier.store.StoreClient` with the store of an agent.
+
+    Slots, tickets and leases carry the epoch that they are of, in their upper bits. Those of an epoch that
+    has ended (the agent's process died) mean nothing to the next agent and are never sent to it; slots of
+    such an epoch stay readable for a lease's term.
+
+    While the agent cannot be used every lookup is a miss, nothing is reserved, and no call waits.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        layout: BlockLayout,
+        link: Link,
+        mappings: Mappings,
+        counters: Counters,
+        *,
+        lookup_wait: float,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+    ) -> None:
+        self.namespace = namespace
+        self.layout = layout
+        self._link = link
+        self._mappings = mappings
+        self._counters = counters
+        self._lookup_wait = lookup_wait
+        self._deadlines = deadlines
+        self._clock = clock
+        # Until when a lease holds for certain, by this clock; the oldest first.
+        self._certain: dict[int, float] = {}
+        self._certain_lock = threading.Lock()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the agent can be used at present."""
+        return self._link.state is State.UP
+
+    def wait_connected(self, timeout: float) -> bool:
+        """Wait until the agent can be used, or `timeout` seconds."""
+        return self._link.wait_up(timeout)
+
+    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
+        """Find and lease blocks; see `StoreClient.match`."""
+        if not hashes:
+            return Match()
+        wait = wire.bounded_wait(self._lookup_wait if wait is None else wait)
+        request = wire.MatchBlocks(0, 0, b"".join(hashes[: wire.MAX_BLOCKS]), wait)
+        asked = self._clock()
+        answer = self._link.call(request, wait + self._deadlines.match)
+        if answer is None:
+            self._counters.add("client_missed_lookups")
+            return Match()
+        epoch, reply = answer
+        if not isinstance(reply, wire.Matched) or not reply.lease:
+            return Match()
+        lease = epoch << 32 | reply.lease
+        places = np.frombuffer(reply.slots, "<u4").astype(np.int64)
+        self._note(lease, asked + LEASE_SECONDS)
+        return Match(lease, tuple((places | epoch << 32).tolist()), reply.sources)
+
+    def renew(self, lease: int) -> bool:
+        """Extend a lease; see `StoreClient.renew`.
+
+        Where the agent does not answer, a lease of this client that has `RENEWED_SECONDS` left for certain
+        counts as renewed: nothing that it covers changes before.
+        """
+        asked = self._clock()
+        request = wire.Renew(0, 0, lease & _LOW)
+        answer = self._link.call(request, self._deadlines.call, epoch=lease >> 32)
+        if answer is None:
+            return self._certain.get(lease, 0.0) >= asked + RENEWED_SECONDS
+        held = isinstance(answer[1], wire.Done) and answer[1].ok
+        self._note(lease, asked + LEASE_SECONDS if held else None)
+        return held
+
+    def release(self, lease: int, shard: int | None = None) -> None:
+        """Give a lease up; see `StoreClient.release`."""
+        self._note(lease, None)
+        self._link.post(wire.Release(0, 0, lease & _LOW, -1 if shard is None else shard), lease >> 32)
+
+    def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
+        """Reserve slots for new blocks; see `StoreClient.reserve`."""
+        none: list[int | None] = [None] * len(hashes)
+        if not hashes:
+            return none
+        request = wire.Reserve(0, 0, parent, position, b"".join(hashes[: wire.MAX_BLOCKS]))
+        answer = self._link.call(request, self._deadlines.call)
+        if answer is None:
+            self._counters.add("client_missed_reservations")
+            return none
+        epoch, reply = answer
+        if not isinstance(reply, wire.Reserved):
+            return none
+        for index, number in enumerate(wire.unpack_numbers(reply.tickets, "Q")):
+            if number != wire.NO_TICKET:
+                none[index] = epoch << 63 | number
+        return none
+
+    def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
+        """Say that one shard's bytes are in place; see `StoreClient.commit`."""
+        for epoch, numbers in _by_epoch(tickets):
+            self._link.post(wire.Commit(0, 0, numbers, shard), epoch)
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        """Give reservations up; see `StoreClient.abort`."""
+        for epoch, numbers in _by_epoch(tickets):
+            self._link.post(wire.Abort(0, 0, numbers), epoch)
+
+    def slot_view(self, slot: int, shard: int = 0) -> memoryview:
+        """Return one shard's bytes of a slot; see `StoreClient.slot_view`.
+
+        Raises:
+            ValueError: The slot was never handed out to this engine, or too long ago.
+        """
+        size = self.layout.shard_bytes
+        return self._mappings.view(slot, shard * size, size)
+
+    def stats(self) -> Mapping[str, int | float]:
+        """Return what the agent's store counts, and this client's own counters: `client_*`."""
+        answer = self._link.call(wire.Stats(0, 0), self._deadlines.call)
+        values: dict[str, int | float] = {}
+        if answer is not None and isinstance(answer[1], wire.Numbers):
+            values.update(answer[1].values)
+        values.update(self._counters.snapshot())
+        values["client_connected"] = int(self.connected)
+        values["client_arenas"] = len(self._mappings)
+        return values
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Have the agent write what is pending, up to `timeout` seconds, and leave; it keeps the blocks."""
+        started = self._clock()
+        self._link.call(wire.Flush(0, 0, timeout), timeout + self._deadlines.call)
+        self._link.close(max(1.0, timeout - (self._clock() - started)))
+        self._mappings.close()
+
+    def _note(self, lease: int, until: float | None) -> None:
+        """Note until when a lease holds for certain, and forget those whose time has come."""
+        now = self._clock()
+        with self._certain_lock:
+            self._certain.pop(lease, None)
+            while self._certain:
+                oldest, end = next(iter(self._certain.items()))
+                if end > now:
+                    break
+                del self._certain[oldest]
+            if until is not None:
+                self._certain[lease] = until
+
+
+def connect(
+    config: Config,
+    namespace: Namespace,
+    layout: BlockLayout,
+    *,
+    group: str | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    spawn: bool | None = None,
+    prepare: Prepare | None = None,
+    wait: float = CONNECT_SECONDS,
+    deadlines: Deadlines | None = None,
+) -> AgentClient:
+    """Attach to the agent that `config` means.
+
+    Args:
+        config: The configuration; it says where the agent is and how long a lookup waits.
+        namespace: What the blocks are blocks of.
+        layout: How their bytes are arranged, all shards.
+        group: Name of the engine, equal for all of its ranks and no other's; None: a name of its own.
+        rank: Which of the engine's clients this is. Every process of the engine that reads or fills slots has
+            one; leases are released with the rank as shard.
+        ranks: How many clients the engine has. Nothing matches, and nothing is reserved, until all are there.
+        spawn: Whether to start an agent when none runs; None: as the configuration says.
+        prepare: Called with each new arena before its first use, in the client's thread, such as to pin it.
+        wait: Seconds to wait for the agent. It may also come later.
+        deadlines: How long calls wait; None for the usual.
+
+    Returns:
+        A client, connected or not. It connects, and connects again, by itself.
+    """
+    directory = agent_directory(config)
+    hello = wire.Attach(
+        json.dumps(dict(namespace.facts)).encode(),
+        namespace.id,
+        asdict(layout),
+        group if group is not None else secrets.token_hex(16),
+        rank,
+        ranks,
+    )
+    if spawn is None:
+        spawn = config.agent.mode == "auto"
+    counters = Counters()
+    mappings = Mappings(prepare, LEASE_SECONDS, time.monotonic)
+    link = Link(directory, hello, mappings, counters, partial(launch, config, directory) if spawn else None)
+    client = AgentClient(
+        namespace,
+        layout,
+        link,
+        mappings,
+        counters,
+        lookup_wait=config.lookup_wait,
+        deadlines=deadlines or Deadlines(),
+        clock=time.monotonic,
+    )
+    client.wait_connected(wait)
+    return client
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _by_epoch(tickets: Sequence[int]) -> list[tuple[int, bytes]]:
+    numbers: dict[int, list[int]] = {}
+    for ticket in tickets:
+        numbers.setdefault(ticket >> 63, []).append(ticket & (1 << 63) - 1)
+    return [(epoch, wire.pack_numbers(of_epoch, "Q")) for epoch, of_epoch in numbers.items()]

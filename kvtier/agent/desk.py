@@ -1,0 +1,134 @@
+"""The desk: answers the requests of attached clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvtier._counters import Counters
+from kvtier.agent import wire
+from kvtier.agent.sessions import Session, Sessions
+from kvtier.hashing import HASH_BYTES
+from kvtier.store import Match
+
+Answer = bytes | None | Callable[[], bytes]
+_Later = Callable[[], wire.AnyReply]
+_Handler = Callable[[Session, Any], "wire.AnyReply | _Later | None"]
+
+
+class Desk:
+    """Turns requests into calls of the session's store, and what they return into replies.
+
+    Everything that a client sends is checked here, before a store sees it.
+
+    Args:
+        sessions: Who is attached.
+        counters: Where to count.
+    """
+
+    def __init__(self, sessions: Sessions, counters: Counters) -> None:
+        self._sessions = sessions
+        self._counters = counters
+        self._answers: dict[type, _Handler] = {
+            wire.Ready: self._ready,
+            wire.Ping: self._ping,
+            wire.MatchBlocks: self._match,
+            wire.Renew: self._renew,
+            wire.Release: self._release,
+            wire.Reserve: self._reserve,
+            wire.Commit: self._commit,
+            wire.Abort: self._abort,
+            wire.Stats: self._stats,
+            wire.Flush: self._flush,
+        }
+
+    def admit(self, data: bytes) -> tuple[Session, wire.AnyRequest]:
+        """Decode a request and find who sent it.
+
+        Raises:
+            WireError: It is no request, or nobody who is attached sent it.
+        """
+        request = wire.decode_request(data)
+        session = self._sessions.find(request.session)
+        if session is None:
+            raise wire.WireError("a request of an unknown session")
+        return session, request
+
+    def answer(self, session: Session, request: wire.AnyRequest) -> Answer:
+        """Do what a request says.
+
+        Returns:
+            The encoded reply; None where there is none; or, where the answer may take longer than others
+            should wait, what is to be called elsewhere to get it.
+
+        Raises:
+            WireError: A part of the request makes no sense.
+        """
+        reply = self._answers[type(request)](session, request)
+        if reply is None or not request.id:
+            return None
+        if callable(reply):
+            later = reply
+            return lambda: wire.encode(later())
+        return wire.encode(reply)
+
+    def _ready(self, session: Session, request: wire.Ready) -> wire.Done:
+        self._sessions.set_ready(session)
+        return wire.Done(request.id, True)
+
+    def _ping(self, session: Session, request: wire.Ping) -> wire.Done:
+        return wire.Done(request.id, True)
+
+    def _match(self, session: Session, request: wire.MatchBlocks) -> wire.AnyReply | _Later:
+        hashes = wire.split_hashes(request.hashes)
+        if not session.group.whole:
+            return wire.Matched(request.id, 0, b"", {})
+        wait = wire.bounded_wait(request.wait)
+        if wait and session.opened.store.memory.match(hashes) < len(hashes):
+            return lambda: self._matched(session, request.id, hashes, wait)
+        return self._matched(session, request.id, hashes, 0.0)
+
+    def _matched(self, session: Session, number: int, hashes: list[bytes], wait: float) -> wire.Matched:
+        store, group = session.opened.store, session.group
+        match = store.match(hashes, wait, holders=group.ranks, owner=group.owner)
+        if match.lease and not group.members:
+            # The engine went while this waited: nobody will release it.
+            store.release(match.lease)
+            match = Match()
+        return wire.Matched(number, match.lease, wire.pack_numbers(match.slots, "I"), dict(match.sources))
+
+    def _renew(self, session: Session, request: wire.Renew) -> wire.Done:
+        return wire.Done(request.id, session.opened.store.renew(request.lease))
+
+    def _release(self, session: Session, request: wire.Release) -> None:
+        shard = None if request.shard < 0 else request.shard
+        session.opened.store.release(request.lease, shard)
+
+    def _reserve(self, session: Session, request: wire.Reserve) -> wire.Reserved:
+        hashes = wire.split_hashes(request.hashes)
+        if len(request.parent) != HASH_BYTES or request.position < 0:
+            raise wire.WireError("a reservation without a parent or position")
+        group = session.group
+        tickets: list[int | None] = [None] * len(hashes)
+        if group.whole:
+            tickets = session.opened.store.reserve(
+                request.parent, request.position, hashes, owner=group.owner
+            )
+        numbers = [wire.NO_TICKET if ticket is None else ticket for ticket in tickets]
+        return wire.Reserved(request.id, wire.pack_numbers(numbers, "Q"))
+
+    def _commit(self, session: Session, request: wire.Commit) -> None:
+        store = session.opened.store
+        if not 0 <= request.shard < store.layout.shards:
+            raise wire.WireError(f"a commit of shard {request.shard} of {store.layout.shards}")
+        store.commit(wire.unpack_numbers(request.tickets, "Q"), request.shard)
+
+    def _abort(self, session: Session, request: wire.Abort) -> None:
+        session.opened.store.abort(wire.unpack_numbers(request.tickets, "Q"))
+
+    def _stats(self, session: Session, request: wire.Stats) -> wire.Numbers:
+        return wire.Numbers(request.id, dict(session.opened.store.stats()))
+
+    def _flush(self, session: Session, request: wire.Flush) -> _Later:
+        timeout = wire.bounded_wait(request.timeout)
+        return lambda: wire.Done(request.id, session.opened.store.flush(timeout))

@@ -1,0 +1,458 @@
+"""A client's connection to the agent, and the thread that keeps it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import zmq
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.agent import wire
+from kvtier.agent.door import check_peer, receive_frame
+from kvtier.agent.mapping import Mappings
+from kvtier.agent.place import check_directory
+from kvtier.errors import KvTierError
+
+_log = logging.getLogger(__name__)
+
+FIRST_RETRY_SECONDS = 0.05
+LAST_RETRY_SECONDS = 1.0
+"""Pauses between attempts to connect double from the first to the last of these."""
+
+FIRST_LAUNCH_SECONDS = 2.0
+LAST_LAUNCH_SECONDS = 60.0
+"""Pauses between starts of agents that end before they can be used."""
+
+ATTACH_SECONDS = 60.0
+"""An agent that opens a store for the first time may have to read an index first."""
+
+_WATCH_SECONDS = 1.0
+_PROBE_SECONDS = 0.1
+
+
+class State(Enum):
+    """What a client thinks of its agent."""
+
+    DOWN = "down"
+    UP = "up"
+    SUSPECT = "suspect"
+    CLOSED = "closed"
+
+
+@dataclass(eq=False, slots=True)
+class _Connection:
+    """One attachment. It ends when the agent's process does, or when the client closes."""
+
+    session: int
+    epoch: int
+    door: socket.socket
+    desk: zmq.Socket[bytes]
+    poller: zmq.Poller
+
+
+class Link:
+    """Sends requests to the agent and waits for replies, never longer than a deadline.
+
+    Callers' threads use the socket themselves, one at a time. A deadline that passes makes the agent suspect:
+    from then on calls fail at once, without a look at the socket, until the link's own thread has got an
+    answer to a ping; or, when the agent's process is gone, has attached to the next one.
+
+    Requests that want no reply wait in a queue while another thread uses the socket, which sends them on.
+
+    A reply that comes too late is undone: the lease that it grants is released, its tickets are aborted.
+
+    Args:
+        directory: The agent's directory.
+        hello: What to attach to.
+        mappings: Where the arenas go.
+        counters: Where to count.
+        launch: Called when no agent listens, says whether it has started one; None: others start it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        hello: wire.Attach,
+        mappings: Mappings,
+        counters: Counters,
+        launch: Callable[[], bool] | None,
+    ) -> None:
+        self._directory = directory
+        self._hello = hello
+        self._mappings = mappings
+        self._counters = counters
+        self._launch = launch
+        self._context = zmq.Context(io_threads=1)
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._state = State.DOWN
+        self._changed = threading.Condition()
+        self._posts: deque[tuple[int, wire.AnyRequest]] = deque()
+        self._ids = itertools.count(1)
+        self._ping = 0
+        self._dialled: socket.socket | None = None
+        self._next_launch = 0.0
+        self._launch_pause = FIRST_LAUNCH_SECONDS
+        self._wake, self._bell = socket.socketpair()
+        self._wake.setblocking(False)
+        self._bell.setblocking(False)
+        self._thread = threading.Thread(target=self._keep, name="kvtier-agent-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        """What the client thinks of the agent."""
+        return self._state
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the client is attached to; 0 when it is not."""
+        connection = self._connection
+        return connection.epoch if connection is not None else 0
+
+    def wait_up(self, timeout: float) -> bool:
+        """Wait until the agent can be used, or `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._state is State.UP, timeout)
+
+    def call(
+        self, request: wire.AnyRequest, patience: float, epoch: int | None = None
+    ) -> tuple[int, wire.AnyReply] | None:
+        """Send a request and wait for its reply.
+
+        Args:
+            request: Its session and id are set here.
+            patience: Seconds to wait at most, all in all.
+            epoch: The epoch that the request is about; None: whichever is present.
+
+        Returns:
+            The epoch that the reply is about, and the reply; None when the agent cannot be used, does not
+            answer in time, or is of another epoch.
+        """
+        if self._state is not State.UP:
+            return None
+        deadline = time.monotonic() + patience
+        if not self._lock.acquire(timeout=patience):
+            return None
+        try:
+            connection = self._connection
+            if self._state is not State.UP or connection is None or epoch not in (None, connection.epoch):
+                return None
+            reply = self._exchange(connection, request, deadline)
+            return None if reply is None else (connection.epoch, reply)
+        finally:
+            self._lock.release()
+            self._send_on()
+
+    def post(self, request: wire.AnyRequest, epoch: int) -> None:
+        """Send a request that wants no reply, now or as soon as the socket is free. Never waits."""
+        if self._state is State.DOWN or self._state is State.CLOSED:
+            return
+        self._posts.append((epoch, request))
+        self._send_on()
+
+    def close(self, timeout: float) -> None:
+        """End the connection and the thread, waiting up to `timeout` seconds for it."""
+        self._set_state(State.CLOSED)
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                _discard(connection)
+            if self._dialled is not None:
+                with suppress(OSError):
+                    self._dialled.shutdown(socket.SHUT_RDWR)
+        self._ring()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._context.term()
+            self._wake.close()
+            self._bell.close()
+
+    def _exchange(
+        self, connection: _Connection, request: wire.AnyRequest, deadline: float
+    ) -> wire.AnyReply | None:
+        """Send, and receive until the reply comes; the lock is held."""
+        request.session, request.id = connection.session, next(self._ids)
+        if not (self._send_posts(connection) and self._send(connection, request)):
+            self._suspect("takes no more messages")
+            return None
+        while True:
+            reply = self._receive(connection)
+            if reply is not None and reply.id == request.id:
+                return reply
+            if reply is not None:
+                self._undo(connection, reply)
+                continue
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                self._suspect("did not answer in time")
+                return None
+            events = dict(connection.poller.poll(math.ceil(remaining * 1000)))
+            if connection.door.fileno() in events and connection.desk not in events:
+                self._lose(connection)
+                return None
+
+    def _send(self, connection: _Connection, request: wire.AnyRequest) -> bool:
+        try:
+            connection.desk.send(wire.encode(request), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _receive(self, connection: _Connection) -> wire.AnyReply | None:
+        """Return the next reply that is here already, if any; the lock is held."""
+        while True:
+            try:
+                return wire.decode_reply(connection.desk.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return None
+            except wire.WireError as error:
+                self._counters.add("client_bad_replies")
+                log_once(_log, "reply", "a reply of the agent was dropped: %s", error)
+
+    def _undo(self, connection: _Connection, reply: wire.AnyReply) -> None:
+        """Give back what a reply grants that nobody waits for any more; the lock is held."""
+        if isinstance(reply, wire.Matched) and reply.lease:
+            self._posts.append((connection.epoch, wire.Release(0, 0, reply.lease, -1)))
+        elif isinstance(reply, wire.Reserved):
+            numbers = wire.unpack_numbers(reply.tickets, "Q")
+            tickets = [number for number in numbers if number != wire.NO_TICKET]
+            self._posts.append((connection.epoch, wire.Abort(0, 0, wire.pack_numbers(tickets, "Q"))))
+        self._counters.add("client_late_replies")
+
+    def _send_on(self) -> None:
+        """Send what is queued, unless another thread has the socket: it will, when it is done."""
+        while self._posts and self._lock.acquire(blocking=False):
+            try:
+                connection = self._connection
+                if connection is None:
+                    self._posts.clear()
+                elif not self._send_posts(connection):
+                    return
+            finally:
+                self._lock.release()
+
+    def _send_posts(self, connection: _Connection) -> bool:
+        """Send what is queued; False when the socket takes no more. The lock is held."""
+        while self._posts:
+            epoch, request = self._posts.popleft()
+            if epoch != connection.epoch:
+                continue
+            request.session = connection.session
+            if not self._send(connection, request):
+                self._posts.appendleft((epoch, request))
+                return False
+        return True
+
+    def _suspect(self, what: str) -> None:
+        self._counters.add("client_timeouts")
+        log_once(_log, "suspect", "the agent %s: everything is a miss until it answers again", what)
+        self._ping = 0
+        self._set_state(State.SUSPECT)
+        self._ring()
+
+    def _lose(self, connection: _Connection) -> None:
+        """Note that the agent's process has ended; the lock is held."""
+        self._counters.add("client_disconnects")
+        log_once(_log, "lost", "the agent is gone: everything is a miss until there is one again")
+        self._connection = None
+        self._posts.clear()
+        _discard(connection)
+        self._set_state(State.DOWN)
+        self._ring()
+
+    def _set_state(self, state: State) -> None:
+        with self._changed:
+            if self._state is not State.CLOSED:
+                self._state = state
+            self._changed.notify_all()
+
+    def _ring(self) -> None:
+        try:
+            self._bell.send(b"!")
+        except OSError:
+            # Rung often enough already, or closed.
+            return
+
+    def _keep(self) -> None:
+        """Attach, watch, probe: what the link's own thread does."""
+        pause = FIRST_RETRY_SECONDS
+        while self._state is not State.CLOSED:
+            try:
+                if self._state is State.UP:
+                    pause = FIRST_RETRY_SECONDS
+                    self._watch(_WATCH_SECONDS)
+                elif self._state is State.SUSPECT:
+                    self._probe()
+                elif not self._attach():
+                    self._rest(pause)
+                    pause = min(2 * pause, LAST_RETRY_SECONDS)
+            except Exception as error:  # noqa: BLE001 - the engine has no other way back to its agent
+                self._counters.add("client_link_defects")
+                log_once(_log, "keep", "keeping the connection to the agent failed: %r", error)
+                self._rest(LAST_RETRY_SECONDS)
+
+    def _watch(self, seconds: float) -> None:
+        """Wait for the agent's end or a ring of the bell, then see to what came late."""
+        connection = self._connection
+        if connection is None:
+            return
+        ended = self._rest(seconds, connection.door)
+        with self._lock:
+            if self._connection is not connection:
+                return
+            while (reply := self._receive(connection)) is not None:
+                self._undo(connection, reply)
+            if ended:
+                self._lose(connection)
+        self._send_on()
+
+    def _probe(self) -> None:
+        """See whether an agent that is suspect answers a ping."""
+        with self._lock:
+            connection = self._connection
+            if connection is None:
+                return
+            if not self._ping:
+                ping = wire.Ping(connection.session, next(self._ids))
+                if self._send_posts(connection) and self._send(connection, ping):
+                    self._ping = ping.id
+            events = dict(connection.poller.poll(int(_PROBE_SECONDS * 1000)))
+            while (reply := self._receive(connection)) is not None:
+                if reply.id == self._ping:
+                    _log.warning("the agent answers again")
+                    self._set_state(State.UP)
+                else:
+                    self._undo(connection, reply)
+            if connection.door.fileno() in events:
+                self._lose(connection)
+        self._send_on()
+
+    def _rest(self, seconds: float, door: socket.socket | None = None) -> bool:
+        """Wait for a ring of the bell, or (True) the end of a connection, or some seconds."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        if door is not None:
+            poll.register(door, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
+        with suppress(BlockingIOError):
+            self._wake.recv(4096)
+        self._mappings.drop_old()
+        return any(fd != self._wake.fileno() for fd in ready)
+
+    def _attach(self) -> bool:
+        """Try once to attach to the agent, or have one started."""
+        try:
+            connection = self._connect()
+        except (FileNotFoundError, ConnectionRefusedError):
+            self._start_agent()
+            return False
+        except wire.VersionMismatch as error:
+            log_once(
+                _log,
+                "version",
+                "the agent in %s speaks another protocol, everything is a miss: %s",
+                self._directory,
+                error,
+            )
+            return False
+        except (wire.WireError, KvTierError, OSError, ValueError) as error:
+            log_once(_log, "attach", "cannot attach to the agent in %s: %s", self._directory, error)
+            return False
+        with self._lock:
+            if self._state is State.CLOSED:
+                _discard(connection)
+                return True
+            self._connection = connection
+            self._launch_pause = FIRST_LAUNCH_SECONDS
+            self._counters.add("client_connects")
+            self._set_state(State.UP)
+        return True
+
+    def _start_agent(self) -> None:
+        now = time.monotonic()
+        if self._launch is None or now < self._next_launch:
+            return
+        try:
+            if self._launch():
+                self._next_launch = now + self._launch_pause
+                self._launch_pause = min(2 * self._launch_pause, LAST_LAUNCH_SECONDS)
+        except (KvTierError, OSError) as error:
+            self._next_launch = now + LAST_LAUNCH_SECONDS
+            log_once(_log, "launch", "no agent can be started, everything is a miss: %s", error)
+
+    def _connect(self) -> _Connection:
+        check_directory(self._directory)
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._dialled = door
+        try:
+            door.settimeout(ATTACH_SECONDS)
+            door.connect(str(self._directory / wire.DOOR))
+            check_peer(door)
+            door.sendall(wire.frame(self._hello))
+            answer = self._enter(door)
+            return self._open_desk(door, answer)
+        except BaseException:
+            door.close()
+            raise
+        finally:
+            with self._lock:
+                self._dialled = None
+
+    def _enter(self, door: socket.socket) -> wire.Attached:
+        """Receive the answer and map the arena that comes with it."""
+        header, fds, _, _ = socket.recv_fds(door, wire.FRAME_HEADER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        try:
+            payload = receive_frame(door, header)
+            answer = wire.decode_answer(payload)
+            if isinstance(answer, wire.Refused):
+                raise wire.WireError(f"it refuses: {answer.reason}")
+            if not fds:
+                raise wire.WireError("it sent no arena")
+            fd = fds.pop()
+        finally:
+            for left in fds:
+                os.close(left)
+        self._mappings.enter(answer.epoch, answer.arena, fd, answer.arena_bytes)
+        return answer
+
+    def _open_desk(self, door: socket.socket, answer: wire.Attached) -> _Connection:
+        desk: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        try:
+            desk.setsockopt(zmq.LINGER, 0)
+            desk.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+            # What is queued for an agent that died must not reach the next one.
+            desk.setsockopt(zmq.RECONNECT_IVL, -1)
+            desk.connect(f"ipc://{self._directory / wire.DESK}")
+            poller = zmq.Poller()
+            poller.register(desk, zmq.POLLIN)
+            poller.register(door.fileno(), zmq.POLLIN)
+            connection = _Connection(answer.session, answer.epoch, door, desk, poller)
+            ready = wire.Ready(answer.session, next(self._ids))
+            self._send(connection, ready)
+            if desk not in dict(poller.poll(int(ATTACH_SECONDS * 1000))):
+                raise TimeoutError("it let this client in and then said nothing")
+            self._receive(connection)
+            return connection
+        except BaseException:
+            desk.close()
+            raise
+
+
+def _discard(connection: _Connection) -> None:
+    connection.door.close()
+    connection.desk.close()

@@ -1,0 +1,69 @@
+"""The agent's process: lock, signals, health, and a clean end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from kvtier.agent.http import HealthServer
+from kvtier.agent.place import HTTP, agent_directory, make_directory, take_lock
+from kvtier.agent.server import Agent
+from kvtier.agent.stores import Stores
+from kvtier.config import Config
+from kvtier.errors import ConfigError
+from kvtier.store import open_tiers
+
+_log = logging.getLogger(__name__)
+
+LINGER_SECONDS = 600.0
+"""An agent that an engine started ends when it has been without clients for so long."""
+
+_SWITCH_SECONDS = 0.0005
+"""How long another thread may keep the interpreter from the one that answers requests."""
+
+
+def serve(config: Config, *, lock: int | None = None, linger: float | None = None) -> None:
+    """Run an agent in this process until SIGTERM or SIGINT.
+
+    Args:
+        config: What to serve.
+        lock: Descriptor that holds the directory's lock; None to take it.
+        linger: Seconds without clients after which it ends by itself; None: never.
+
+    Raises:
+        ConfigError: Another agent runs there, or something cannot be opened as configured.
+    """
+    directory = agent_directory(config)
+    make_directory(directory)
+    if lock is None and (lock := take_lock(directory)) is None:
+        raise ConfigError(f"{directory}: an agent runs here already, or has not ended yet")
+    # For people, and for tests that kill it.
+    os.truncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    stores = Stores(config.memory.size, partial(open_tiers, config), flush_timeout=config.flush_timeout)
+    try:
+        agent = Agent(directory, stores, linger=linger)
+        health = HealthServer(agent, config.agent.http)
+    except OSError as error:
+        raise ConfigError(f"the agent cannot listen: {error}") from error
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    _write(directory / HTTP, f"{health.address}\n")
+    _log.info("the agent serves in %s, health on http://%s", directory, health.address)
+    agent.run(config.flush_timeout)
+    health.close()
+    (directory / HTTP).unlink(missing_ok=True)
+    _log.info("the agent has ended")
+    os.close(lock)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file so that nobody ever sees half of it."""
+    draft = path.with_suffix(".new")
+    draft.write_text(text)
+    draft.replace(path)

@@ -1,0 +1,119 @@
+"""Who is attached to the agent, and as whose part."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import socket
+import threading
+from dataclasses import dataclass, field
+
+from kvtier.agent.stores import OpenStore, Stores
+from kvtier.errors import ConfigError
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """The clients of one engine: one for each of its ranks.
+
+    Attributes:
+        owner: The number that the store knows the engine's leases and reservations by.
+        ranks: How many clients it has when it is whole.
+        members: Those that are attached.
+        whole: Whether all ranks are attached and ready. Nothing is promised to an engine that is not: every
+            rank has to be able to read, and to fill, each slot.
+    """
+
+    owner: int
+    ranks: int
+    members: set[Session] = field(default_factory=set)
+    whole: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One client.
+
+    Attributes:
+        token: What its requests name.
+        opened: The store that it is attached to.
+        group: Its engine.
+        rank: Its place there.
+        connection: Its connection to the door, which ends when its process does.
+        ready: Whether it has mapped the arena.
+    """
+
+    token: int
+    opened: OpenStore
+    group: Group
+    rank: int
+    connection: socket.socket
+    ready: bool = False
+
+
+class Sessions:
+    """The table of clients. An engine's leases and reservations end when the last client of it is gone.
+
+    Not before: as long as one of its processes lives, a copy from or to one of its slots may be under way.
+    """
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self._lock = threading.Lock()
+        self._by_token: dict[int, Session] = {}
+        self._groups: dict[tuple[int, str], Group] = {}
+        self._owners = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._by_token)
+
+    def find(self, token: int) -> Session | None:
+        """Return the client that has this token."""
+        return self._by_token.get(token)
+
+    def add(self, opened: OpenStore, connection: socket.socket, group: str, rank: int, ranks: int) -> Session:
+        """Enter a client, which counts as a user of the store already.
+
+        Raises:
+            ConfigError: The engine's clients are not of one mind about their number.
+        """
+        with self._lock:
+            key = (opened.epoch, group)
+            known = self._groups.get(key) or Group(next(self._owners), ranks)
+            if known.ranks != ranks or not 0 <= rank < ranks:
+                raise ConfigError(f"rank {rank} of {ranks} joins an engine of {known.ranks} ranks")
+            self._groups[key] = known
+            session = Session(secrets.randbits(64), opened, known, rank, connection)
+            known.members.add(session)
+            self._by_token[session.token] = session
+        return session
+
+    def set_ready(self, session: Session) -> None:
+        """Note that a client has mapped the arena."""
+        with self._lock:
+            session.ready = True
+            self._recount(session.group)
+
+    def remove(self, session: Session) -> None:
+        """Let a client go whose connection has ended; a second call does nothing."""
+        with self._lock:
+            if self._by_token.pop(session.token, None) is None:
+                return
+            group = session.group
+            group.members.discard(session)
+            self._recount(group)
+            if not group.members:
+                self._groups = {key: other for key, other in self._groups.items() if other is not group}
+        if not group.members:
+            session.opened.store.drop_owner(group.owner)
+        self._stores.leave(session.opened)
+        session.connection.close()
+
+    def remove_all(self) -> None:
+        """Let all clients go: the agent has ended."""
+        for session in list(self._by_token.values()):
+            self.remove(session)
+
+    def _recount(self, group: Group) -> None:
+        ready = {member.rank for member in group.members if member.ready}
+        group.whole = len(ready) == group.ranks
