@@ -29,6 +29,7 @@ _MAX_SHARDS = 8
 _THREADS = 4
 _BLOCKS_PER_SHARD = 64
 _MIN_BLOCKS = 16
+_OPEN_SECONDS = 10.0
 _MIN_BYTES = 1 << 17
 # While another process has the directory open, a file without a row may be one that it is writing.
 _YOUNG_SECONDS = 600
@@ -63,6 +64,8 @@ class DiskTier:
         retry_seconds: float = 5.0,
     ) -> None:
         """Open the directory, or make it; one that cannot be used is a tier of misses that tries again.
+
+        A disk that takes longer than ten seconds to open is opened in the background.
 
         Args:
             path: The directory; nothing else may live in it.
@@ -103,9 +106,11 @@ class DiskTier:
         self._shards = shards[::-1]
         self._readers = ThreadPoolExecutor(_THREADS - 1, "kvtier-disk-read")
         self._writers = ThreadPoolExecutor(_THREADS - 1, "kvtier-disk-write")
+        self._opened = threading.Event()
         self._stop = threading.Event()
         self._maintenance = threading.Thread(target=self._maintain, name="kvtier-disk", daemon=True)
         self._maintenance.start()
+        self._opened.wait(_OPEN_SECONDS)
 
     def match(self, hashes: Sequence[bytes]) -> int:
         """Return the length of the longest leading run of blocks believed to be held."""
@@ -223,6 +228,10 @@ class DiskTier:
         return max(present) + 1 if present else max(1, min(_MAX_SHARDS, wanted))
 
     def _maintain(self) -> None:
+        # Highest first: whoever sees any shard of a directory in the making sees how many there will be.
+        for shard in reversed(self._shards):
+            shard.maintain(self._sweep_before_ns)
+        self._opened.set()
         while True:
             for shard in self._shards:
                 shard.maintain(self._sweep_before_ns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -23,6 +24,7 @@ FILE_NAME = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-[0-9a-f]{12}\.val", re.ASCII
 a random part. Nothing else is ever opened or removed, whatever the database says."""
 
 _FILE_SYSTEM_BLOCK = 4096
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO that somebody put in a file's place must not stall the reader.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -112,8 +114,8 @@ class BlockFiles(Disk):  # type: ignore[misc]
 
         Raises:
             FileNotFoundError: The file is gone: evicted a moment ago.
-            CorruptBlock: The row is not one that `store` made, or the file has not the row's length.
-            TierUnavailable: The file cannot be read.
+            CorruptBlock: The row is not one that `store` made, or the file is not, or cannot be read.
+            TierUnavailable: The process has no descriptor or memory left to read it.
         """
         if (
             mode != MODE_BINARY
@@ -135,7 +137,8 @@ class BlockFiles(Disk):  # type: ignore[misc]
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise TierUnavailable(f"a block's file cannot be read: {error}") from error
+            kind = TierUnavailable if error.errno in _PASSING else CorruptBlock
+            raise kind(f"a block's file cannot be read: {error}") from error
         if len(payload) != value:
             raise CorruptBlock(f"a block's file ended after {len(payload)} of {value} bytes")
         return payload

@@ -30,11 +30,16 @@ _SQLITE_CAUSES = {
     "locked": "busy",
     "full": "full",
     "readonly": "read_only",
-    "no such": "corrupt",
-    "unsupported": "corrupt",
-    "malformed": "corrupt",
-    "decode": "corrupt",
+    "permission": "read_only",
+    "disk I/O error": "io",
+    "unable to open": "io",
+    "out of memory": "io",
+    "interrupted": "io",
+    "protocol": "io",
+    "transaction": "io",
+    "closed database": "io",
 }
+"""Parts of the messages of SQLite errors that say nothing against the database itself."""
 
 
 def cause_of(error: BaseException) -> str:
@@ -42,14 +47,15 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, Timeout):
         # diskcache says Timeout whatever kept a transaction from beginning; SQLite's own word is its context.
         error = error.__context__ or sqlite3.OperationalError("database is locked")
-    if isinstance(error, sqlite3.OperationalError):
-        return next((cause for text, cause in _SQLITE_CAUSES.items() if text in str(error)), "io")
+    if isinstance(error, sqlite3.Error) and "no transaction is active" in str(error) and error.__context__:
+        # diskcache rolled back what SQLite itself had rolled back; why is the context.
+        error = error.__context__
+    if isinstance(error, (sqlite3.OperationalError, sqlite3.ProgrammingError)):
+        return next((cause for text, cause in _SQLITE_CAUSES.items() if text in str(error)), "corrupt")
     if isinstance(error, OSError):
         return _ERRNO_CAUSES.get(error.errno or 0, "io")
-    if isinstance(error, (sqlite3.ProgrammingError, sqlite3.InternalError)):
-        return "io"
     # TypeError and ValueError are what diskcache makes of a database with the right tables and absurd values.
-    absurd = (CorruptBlock, sqlite3.DatabaseError, sqlite3.Warning, TypeError, ValueError)
+    absurd = (CorruptBlock, sqlite3.Error, sqlite3.Warning, TypeError, ValueError)
     return "corrupt" if isinstance(error, absurd) else "io"
 
 

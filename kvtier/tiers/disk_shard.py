@@ -35,7 +35,8 @@ _SETTINGS = {
     "eviction_policy": _POLICY,
     # Evicting is up to `write`: diskcache evicts a fixed number of rows whatever their size.
     "cull_limit": 0,
-    "sqlite_auto_vacuum": 1,
+    # Free pages are used again, for the number of blocks hardly changes.
+    "sqlite_auto_vacuum": 0,
     "sqlite_cache_size": 1024,
     # Neither a write-ahead log, whose index is mapped memory, nor a mapped database: should somebody truncate
     # such a file, the next access is a SIGBUS, and the process is gone.
@@ -52,8 +53,8 @@ _SETTING_NAMES = {*DEFAULT_SETTINGS, *_SETTINGS, "disk_max_payload_bytes", "coun
 class DiskShard:
     """A directory with one SQLite database and the files that it names.
 
-    A shard whose database is damaged is set aside and begun anew, empty; one that cannot be opened for
-    another reason holds nothing until `maintain` can open it. No method raises.
+    `maintain` opens it, and until then it holds nothing. A shard whose database is damaged is set aside and
+    begun anew, empty. No method raises.
 
     Attributes:
         held: Hashes of the blocks believed to be here; read by anybody, changed by the shard alone.
@@ -78,7 +79,6 @@ class DiskShard:
         self._swept = False
         self._used_lock = threading.Lock()
         self._used: dict[bytes, float] = {}
-        self._renew(None)
 
     @property
     def is_open(self) -> bool:
@@ -146,13 +146,13 @@ class DiskShard:
         self._delete(cache, block_hash)
 
     def maintain(self, sweep_before_ns: int) -> None:
-        """Do what is not urgent: reopen, sweep once, write access times, look at the size.
+        """Open the shard if it is not open; else do what is not urgent: sweep once, write access times.
 
         Args:
             sweep_before_ns: Files without a row are removed if last written before this, ns since the epoch.
         """
         cache = self._cache
-        if cache is None or self._moved():
+        if cache is None or self._moved() or self._has_log():
             self._renew(cache)
             return
         try:
@@ -210,7 +210,10 @@ class DiskShard:
             self.held = set()
             self.size_bytes = 0
             try:
-                if damaged and not self._moved():
+                # Without their database the files are of no use, and nobody would count them. A database
+                # that is not ours any more was replaced by another process.
+                found = self._find()
+                if (damaged and found == self._identity) or (old is not None and found is None):
                     self._set_aside()
                 try:
                     self._open()
@@ -232,7 +235,6 @@ class DiskShard:
             disk_max_payload_bytes=self._max_payload_bytes,
             **_SETTINGS,
         )
-        found = os.stat(self._directory / _DATABASE)
         held: set[bytes] = set()
         cache.disk.on_remove = held.discard
         with self._connect() as database:
@@ -245,7 +247,7 @@ class DiskShard:
             held.update(key[HASH_BYTES:] for (key,) in keys)
         self.size_bytes = cache.volume()
         self.held = held
-        self._identity = (found.st_dev, found.st_ino)
+        self._identity = self._find()
         self._cache = cache
 
     def _refuse_foreign(self) -> None:
@@ -261,6 +263,8 @@ class DiskShard:
             return
         except NotADirectoryError:
             raise CorruptBlock("a shard is not a directory") from None
+        if self._has_log():
+            raise CorruptBlock("the database of a shard has a write-ahead log")
         with self._connect() as database:
             tables = {
                 name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
@@ -272,15 +276,24 @@ class DiskShard:
 
     def _set_aside(self) -> None:
         self._health.count("shards_reset")
-        os.rename(self._directory, f"{self._directory}{SET_ASIDE}{os.urandom(6).hex()}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._directory, f"{self._directory}{SET_ASIDE}{os.urandom(6).hex()}")
 
-    def _moved(self) -> bool:
-        """Whether the database is not the file any more that was opened."""
+    def _find(self) -> tuple[int, int] | None:
+        """Return what tells the database's file from any other; None if there is none."""
         try:
             found = os.stat(self._directory / _DATABASE)
         except OSError:
-            return True
-        return (found.st_dev, found.st_ino) != self._identity
+            return None
+        return found.st_dev, found.st_ino
+
+    def _moved(self) -> bool:
+        """Whether the database is not the file any more that was opened."""
+        return self._find() != self._identity
+
+    def _has_log(self) -> bool:
+        """Whether somebody put a write-ahead log beside the database, which SQLite would take for its own."""
+        return os.path.lexists(self._directory / f"{_DATABASE}-wal")
 
     def _write_access_times(self) -> None:
         with self._used_lock:

@@ -1,0 +1,383 @@
+"""The disk tier: bounds, eviction, namespaces, several tiers in one directory, misses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kvtier.errors import ConfigError
+from kvtier.hashing import Namespace
+from kvtier.tiers import StoredBlock
+from kvtier.tiers.disk import DiskTier
+
+MODEL = Namespace.from_facts({"model": "a"})
+OTHER_MODEL = Namespace.from_facts({"model": "b"})
+MAX_PAYLOAD_BYTES = 8192
+ONE_SHARD = 900 << 10
+
+
+def block(number: int, length: int = 5000, salt: str = "") -> StoredBlock:
+    name = hashlib.blake2b(str(number).encode(), digest_size=16).digest()
+    return StoredBlock(name, bytes(16), number, random.Random(f"{number}{salt}").randbytes(length))
+
+
+def blocks(numbers: range, length: int = 5000) -> list[StoredBlock]:
+    return [block(number, length) for number in numbers]
+
+
+def open_tier(path: Path, size_bytes: int = 2 << 20, namespace: Namespace = MODEL) -> DiskTier:
+    return DiskTier(path, size_bytes, namespace, MAX_PAYLOAD_BYTES)
+
+
+def read(tier: DiskTier, wanted: Sequence[StoredBlock]) -> list[int]:
+    """Read, check every payload, and return the numbers of the blocks that were there."""
+    delivered: dict[bytes, bytes | None] = {}
+    tier.read(
+        [one.hash for one in wanted],
+        lambda name, payload: delivered.__setitem__(name, None if payload is None else bytes(payload)),
+    )
+    found = [one for one in wanted if delivered[one.hash] is not None]
+    assert all(delivered[one.hash] == one.payload for one in found)
+    return [one.position for one in found]
+
+
+def files(path: Path) -> list[Path]:
+    return sorted(path.glob("0*/*/*.val"))
+
+
+def rows(path: Path, columns: str = "key") -> list[tuple[object, ...]]:
+    found: list[tuple[object, ...]] = []
+    for database in sorted(path.glob("0*/cache.db")):
+        with closing(sqlite3.connect(database)) as connection:
+            found += connection.execute(f"SELECT {columns} FROM Cache").fetchall()
+    return found
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+class TestSizes:
+    def test_a_bound_below_a_few_blocks_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"100000 bytes.* 8192 bytes.* 262144"):
+            DiskTier(tmp_path, 100_000, MODEL, MAX_PAYLOAD_BYTES)
+        with closing(DiskTier(tmp_path, 262_144, MODEL, MAX_PAYLOAD_BYTES)) as tier:
+            assert tier.write(blocks(range(3))) == 3
+
+    @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, MAX_PAYLOAD_BYTES])
+    def test_keeps_every_length(self, tmp_path: Path, length: int) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            assert tier.write([block(1, length)]) == 1
+            assert read(tier, [block(1, length)]) == [1]
+        with closing(open_tier(tmp_path)) as tier:
+            assert read(tier, [block(1, length)]) == [1]
+
+    def test_larger_payloads_are_refused(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            assert tier.write([block(1, MAX_PAYLOAD_BYTES + 1), block(2)]) == 1
+            assert read(tier, [block(1), block(2)]) == [2]
+            assert tier.stats()["oversized"] == 1
+        assert len(files(tmp_path)) == 1
+
+    def test_files_stay_within_the_bound(self, tmp_path: Path) -> None:
+        """What lies on the disk counts, blocks of the file system included, at every step."""
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            for start in range(0, 400, 8):
+                tier.write(
+                    [block(number, 1 + 97 * number % MAX_PAYLOAD_BYTES) for number in range(start, start + 8)]
+                )
+                databases = [*tmp_path.glob("0*/cache.db*")]
+                used = sum(path.stat().st_blocks * 512 for path in [*files(tmp_path), *databases])
+                assert used <= ONE_SHARD
+            assert tier.stats()["evictions"] > 100
+            assert used > ONE_SHARD // 2
+
+    def test_a_smaller_bound_takes_effect(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, 5 << 20)) as tier:
+            tier.write(blocks(range(500)))
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(1000, 1200)))
+            assert eventually(lambda: tier.stats()["size_bytes"] <= ONE_SHARD)
+
+    def test_the_number_of_shards_stays(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, 64 << 20)) as tier:
+            assert tier.stats()["shards"] == 8
+            tier.write(blocks(range(50)))
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            assert tier.stats()["shards"] == 8
+            assert read(tier, blocks(range(50))) == list(range(50))
+
+    def test_a_small_tier_has_few_shards(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            assert tier.stats()["shards"] == 1
+
+
+class TestEviction:
+    def test_what_was_read_stays_longer(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(60)))
+            assert read(tier, blocks(range(10))) == list(range(10))
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(100, 180)))
+            remaining = read(tier, blocks(range(60)))
+        assert remaining[:10] == list(range(10))
+        assert len(remaining) < 50
+
+    def test_access_times_are_written_without_being_closed(self, tmp_path: Path) -> None:
+        with closing(DiskTier(tmp_path, ONE_SHARD, MODEL, MAX_PAYLOAD_BYTES, retry_seconds=0.05)) as tier:
+            tier.write(blocks(range(3)))
+            before = dict(rows(tmp_path, "key, access_time"))
+            read(tier, [block(1)])
+            key = MODEL.id + block(1).hash
+
+            def touched() -> list[object]:
+                after = dict(rows(tmp_path, "key, access_time"))
+                return [name for name in after if after[name] != before[name]]
+
+            assert eventually(lambda: touched() == [key])
+
+    def test_the_tail_of_a_chain_goes_before_its_head(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(60)))
+            read(tier, blocks(range(60)))
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(100, 180)))
+            remaining = read(tier, blocks(range(60)))
+        assert 0 < len(remaining) < 50
+        assert remaining == list(range(len(remaining)))
+
+    def test_evicted_blocks_are_forgotten(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(400)))
+            held = [one for one in blocks(range(400)) if tier.match([one.hash])]
+            assert len(held) == tier.stats()["blocks"] == len(rows(tmp_path)) == len(files(tmp_path))
+            assert read(tier, held) == [one.position for one in held]
+
+
+class TestNamespaces:
+    def test_do_not_mix(self, tmp_path: Path) -> None:
+        ours, theirs = block(1), block(1, salt="other model")
+        assert ours.hash == theirs.hash
+        with (
+            closing(open_tier(tmp_path)) as one,
+            closing(open_tier(tmp_path, namespace=OTHER_MODEL)) as other,
+        ):
+            one.write([ours])
+            assert read(other, [ours]) == []
+            assert other.write([theirs]) == 1
+            assert read(one, [ours]) == read(other, [theirs]) == [1]
+            other.discard([theirs.hash])
+            assert read(one, [ours]) == [1]
+        with closing(open_tier(tmp_path, namespace=OTHER_MODEL)) as other:
+            assert other.match([ours.hash]) == 0
+
+    def test_share_the_bound(self, tmp_path: Path) -> None:
+        """The blocks of a model that is not served any more make room for the present one's."""
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(200)))
+        with closing(open_tier(tmp_path, ONE_SHARD, OTHER_MODEL)) as tier:
+            tier.write(blocks(range(200)))
+            assert tier.stats()["size_bytes"] <= ONE_SHARD
+            assert len(read(tier, blocks(range(200)))) > 50
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            assert read(tier, blocks(range(200))) == []
+
+
+class TestTwoTiersInOneDirectory:
+    def test_blocks_of_the_other_are_not_written_again(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path)) as one, closing(open_tier(tmp_path)) as other:
+            one.write(blocks(range(20)))
+            assert other.match([block(0).hash]) == 0
+            assert other.write(blocks(range(20))) == 20
+            assert other.stats()["writes"] == 0
+            assert read(other, blocks(range(20))) == list(range(20))
+
+    def test_what_the_other_evicted_is_a_miss(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as one, closing(open_tier(tmp_path, ONE_SHARD)) as other:
+            one.write(blocks(range(50)))
+            other.write(blocks(range(50, 300)))
+            assert one.match([block(0).hash]) == 1
+            assert read(one, blocks(range(50))) == []
+            assert one.match([block(0).hash]) == 0
+            assert one.write(blocks(range(50))) == 50
+
+    def test_both_write_the_same_blocks_at_once(self, tmp_path: Path) -> None:
+        wanted = blocks(range(60))
+        with closing(open_tier(tmp_path)) as one, closing(open_tier(tmp_path)) as other:
+            counts: list[int] = []
+            threads = [
+                threading.Thread(target=lambda tier=tier: counts.append(tier.write(wanted)))
+                for tier in (one, other, one, other)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert counts == [60] * 4
+            # Replacing a block that the other has just written is a moment's miss for its readers.
+            assert one.write(wanted) == other.write(wanted) == 60
+        with closing(open_tier(tmp_path)) as tier:
+            assert read(tier, wanted) == list(range(60))
+        assert len(rows(tmp_path)) == len(files(tmp_path)) == 60
+
+
+class TestOrphans:
+    def make_orphan(self, path: Path, age: float) -> Path:
+        orphan = path / "000" / "ab" / f"ab{'0' * 30}-{'1' * 12}.val"
+        orphan.parent.mkdir(exist_ok=True, parents=True)
+        orphan.write_bytes(b"left by a crash")
+        os.utime(orphan, (time.time() - age, time.time() - age))
+        return orphan
+
+    def test_are_removed_at_the_next_start(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            tier.write(blocks(range(30)))
+        orphan = self.make_orphan(tmp_path, age=5)
+        with closing(open_tier(tmp_path)) as tier:
+            assert eventually(lambda: not orphan.exists())
+            assert read(tier, blocks(range(30))) == list(range(30))
+            assert tier.stats()["orphans_removed"] == 1
+
+    def test_may_be_another_tier_s_files_in_the_making(self, tmp_path: Path) -> None:
+        first = self.make_orphan(tmp_path, age=5)
+        with closing(open_tier(tmp_path)):
+            assert eventually(lambda: not first.exists()), "the first tier is done with sweeping"
+            old = self.make_orphan(tmp_path, age=5)
+            os.utime(old, (0, 0))
+            old = old.rename(old.with_name(f"ab{'2' * 30}-{'1' * 12}.val"))
+            young = self.make_orphan(tmp_path, age=5)
+            with closing(open_tier(tmp_path)):
+                assert eventually(lambda: not old.exists())
+                assert young.exists()
+
+    def test_nothing_else_is_removed(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            tier.write(blocks(range(3)))
+        orphan = self.make_orphan(tmp_path, age=5)
+        strangers = [
+            tmp_path / "000" / "ab" / "notes.txt",
+            tmp_path / "000" / "notes.val",
+            tmp_path / "notes",
+        ]
+        for stranger in strangers:
+            stranger.write_text("mine")
+            os.utime(stranger, (0, 0))
+        with closing(open_tier(tmp_path)):
+            assert eventually(lambda: not orphan.exists())
+        assert all(stranger.exists() for stranger in strangers)
+
+
+class TestMisses:
+    @pytest.mark.parametrize(
+        "damage", ["gone", "short", "long", "empty", "fifo", "folder", "link", "dangling"]
+    )
+    def test_a_damaged_file_is_a_miss_and_heals(self, tmp_path: Path, damage: str) -> None:
+        wanted = blocks(range(10))
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.write_bytes(wanted[3].payload)
+        with closing(open_tier(tmp_path / "tier")) as tier:
+            tier.write(wanted)
+            (victim,) = [path for path in files(tmp_path / "tier") if wanted[3].hash.hex() in path.name]
+            match damage:
+                case "short":
+                    os.truncate(victim, 4999)
+                case "long":
+                    os.truncate(victim, 5001)
+                case "empty":
+                    os.truncate(victim, 0)
+                case _:
+                    victim.unlink()
+            match damage:
+                case "fifo":
+                    os.mkfifo(victim)
+                case "folder":
+                    victim.mkdir()
+                case "link":
+                    victim.symlink_to(elsewhere)
+                case "dangling":
+                    victim.symlink_to(tmp_path / "nowhere")
+            remaining = [number for number in range(10) if number != 3]
+            assert read(tier, wanted) == remaining
+            assert tier.match([one.hash for one in wanted]) == 3
+            tier.write(wanted)
+            read(tier, wanted)
+            assert tier.write(wanted) == 10
+            assert read(tier, wanted) == list(range(10))
+            assert tier.stats()["shards_reset"] == 0
+        assert elsewhere.read_bytes() == wanted[3].payload
+
+    def test_a_discarded_block_does_not_come_back(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            tier.write(blocks(range(5)))
+            tier.discard([block(2).hash])
+            assert len(files(tmp_path)) == 4
+        with closing(open_tier(tmp_path)) as tier:
+            assert read(tier, blocks(range(5))) == [0, 1, 3, 4]
+
+    def test_a_locked_shard_is_a_miss_for_now(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(3)))
+            with closing(sqlite3.connect(tmp_path / "000" / "cache.db", isolation_level=None)) as other:
+                other.execute("BEGIN EXCLUSIVE")
+                assert read(tier, blocks(range(2))) == []
+                assert tier.write([block(9)]) == 0
+                assert tier.match([block(0).hash]) == 1, "the block is there, and will be read again"
+            assert tier.stats()["errors_busy"] == 3
+            assert tier.stats()["writable"] == 1
+            assert tier.write([block(9)]) == 1
+            assert read(tier, blocks(range(3))) == [0, 1, 2]
+            assert len(files(tmp_path)) == 4, "a write that failed leaves no file"
+
+
+class TestTheRest:
+    def test_match_needs_no_disk(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path / "tier")) as tier:
+            tier.write(blocks(range(5)))
+            os.rename(tmp_path / "tier", tmp_path / "away")
+            assert tier.match([one.hash for one in blocks(range(6))]) == 5
+            os.rename(tmp_path / "away", tmp_path / "tier")
+
+    def test_makes_its_directory(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path / "a" / "b $HOME ~")) as tier:
+            assert tier.write(blocks(range(5))) == 5
+            assert read(tier, blocks(range(5))) == list(range(5))
+
+    def test_counts(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            tier.write(blocks(range(5)))
+            tier.write(blocks(range(6)))
+            read(tier, blocks(range(8)))
+            stats = tier.stats()
+        assert (stats["writes"], stats["hits"], stats["misses"], stats["blocks"]) == (6, 6, 2, 6)
+        assert stats["writable"] == 1
+        assert 6 * 8192 <= stats["size_bytes"] < 1 << 20
+
+    def test_maps_no_file(self, tmp_path: Path) -> None:
+        """A mapped file that somebody truncates ends the process by SIGBUS."""
+        with closing(open_tier(tmp_path)) as tier:
+            tier.write(blocks(range(50)))
+            read(tier, blocks(range(50)))
+            with open("/proc/self/maps") as maps:
+                assert str(tmp_path) not in maps.read()
+
+    def test_close_ends_its_threads(self, tmp_path: Path) -> None:
+        before = set(threading.enumerate())
+        tier = open_tier(tmp_path)
+        tier.write(blocks(range(20)))
+        read(tier, blocks(range(20)))
+        tier.close()
+        assert eventually(lambda: set(threading.enumerate()) <= before)
