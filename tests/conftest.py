@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 
 import pytest
 
 from kvtier.cli.s3server import S3Server
-from tests.s3_support import BUCKET, SCRATCH_KEYS, S3Place
+from tests.s3_support import BUCKET, S3Place, place_on
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +21,4 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture
 def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Place:
     """A place of its own in the server's bucket, with the configuration that points at it."""
-    monkeypatch.setenv(SCRATCH_KEYS[0], s3_server.access_key)
-    monkeypatch.setenv(SCRATCH_KEYS[1], s3_server.secret_key)
-    return S3Place(s3_server, prefix=f"t-{secrets.token_hex(6)}")
+    return place_on(s3_server, monkeypatch)

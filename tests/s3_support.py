@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import boto3
+import pytest
 from botocore.config import Config
 
 from kvtier.cli.s3server import S3Server
@@ -35,7 +37,7 @@ MAX_BYTES = LAYOUT.block_bytes + 4096
 def chain(
     count: int, size: int = 20_000, seed: int = 1, prefix: Sequence[StoredBlock] = ()
 ) -> list[StoredBlock]:
-    """Make a chain of `count` blocks with random payloads of about `size` bytes, `prefix` being its beginning."""
+    """Make a chain of `count` blocks with payloads of about `size` random bytes; it begins with `prefix`."""
     rng = random.Random(seed)
     blocks = list(prefix)
     parent = blocks[-1].hash if blocks else chain_root(NAMESPACE.id)
@@ -209,3 +211,10 @@ class S3Place:
         client = self.client()
         for key in keys:
             client.delete_object(Bucket=BUCKET, Key=key)
+
+
+def place_on(server: S3Server, patch: pytest.MonkeyPatch) -> S3Place:
+    """Make a place of its own on a server, and set the variables that its configuration names."""
+    patch.setenv(SCRATCH_KEYS[0], server.access_key)
+    patch.setenv(SCRATCH_KEYS[1], server.secret_key)
+    return S3Place(server, prefix=f"t-{secrets.token_hex(6)}")

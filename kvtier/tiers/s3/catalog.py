@@ -31,7 +31,8 @@ _logger = logging.getLogger(__name__)
 
 _LOADERS = 8
 _FOOTER_BATCH = 4096
-_REBUILD_RETRY_SECONDS = 30.0
+_REBUILD_PAUSE = (30.0, 3600.0)
+"""Seconds until a rebuild that failed is tried again; doubles from the first to the last."""
 _SECOND = 1_000_000_000
 _USUAL_SKEW = 60 * _SECOND
 """Clocks that run by NTP differ by less; every poll looks this far back."""
@@ -50,18 +51,33 @@ class Catalog:
         keys: Keys,
         namespace: Namespace,
         index: BlockIndex,
-        health: Health,
+        reading: Health,
+        writing: Health,
         counters: Counters,
         max_block_bytes: int,
         refresh_seconds: float,
         on_ready: Callable[[], None],
     ):
-        """Prepare; `start` runs the thread, which calls `on_ready` once the index is loaded."""
+        """Prepare; `start` runs the thread, which calls `on_ready` once the index is loaded.
+
+        Args:
+            bucket: Where the index lies.
+            keys: Names of the objects.
+            namespace: Whose index it is.
+            index: What to keep in step.
+            reading: Health of that direction; its breaker is probed by the thread.
+            writing: Health of the other.
+            counters: Gets what happened.
+            max_block_bytes: No payload is longer; packs that list longer ones are corrupt.
+            refresh_seconds: Seconds between polls.
+            on_ready: Called once.
+        """
         self._bucket = bucket
         self._keys = keys
         self._namespace = namespace
         self._index = index
-        self._health = health
+        self._reading = reading
+        self._writing = writing
         self._counters = counters
         self._max_block_bytes = max_block_bytes
         self._refresh_seconds = refresh_seconds
@@ -77,6 +93,7 @@ class Catalog:
         self._seen_lock = threading.Lock()
         self._seen: set[str] = set()
         self._rebuild_at: float | None = None
+        self._rebuild_pause = _REBUILD_PAUSE[0]
 
     def start(self) -> None:
         """Run the background thread."""
@@ -98,7 +115,7 @@ class Catalog:
         Raises:
             TierError: The bucket does not answer or refuses.
         """
-        with self._polling:
+        with self._polling, self._reading.watched():
             now = time.monotonic()
             wide = now >= self._wide_poll_at
             # A segment from the future, by a wrong clock, must not hide those of the present.
@@ -151,33 +168,36 @@ class Catalog:
         Raises:
             TierError: The bucket does not answer or refuses; what was found until then is kept.
         """
-        if indexed is None:
-            indexed = self._load(self._bucket.list(self._keys.index), again=True)
-        names = (self._keys.pack_name(item.key) for item in self._bucket.list(self._keys.packs))
-        lost = (name for name in names if name is not None and name not in indexed)
-        recovered = 0
-        while batch := list(islice(lost, _FOOTER_BATCH)):
-            packs = [pack for pack in self._map(self._recover, batch) if pack is not None]
-            self._index.add(packs)
-            self.publish(packs)
-            recovered += len(packs)
-        self._counters.add("packs_recovered", recovered)
+        recovered: list[Pack] = []
+        with self._reading.watched():
+            if indexed is None:
+                indexed = self._load(self._bucket.list(self._keys.index), again=True)
+            names = (self._keys.pack_name(item.key) for item in self._bucket.list(self._keys.packs))
+            lost = (name for name in names if name is not None and name not in indexed)
+            while batch := list(islice(lost, _FOOTER_BATCH)):
+                packs = [pack for pack in self._map(self._recover, batch) if pack is not None]
+                self._index.add(packs)
+                recovered += packs
+        # A bucket that may only be read is served all the same: that is the other direction's health.
+        if recovered:
+            with self._writing.watched():
+                self.publish(recovered)
+        self._counters.add("packs_recovered", len(recovered))
         self._counters.add("index_rebuilds")
-        return recovered
+        return len(recovered)
 
     def _run(self) -> None:
         while not self._stop:
-            if self._health.breaker.try_enter():
+            if self._reading.breaker.try_enter():
                 self._step()
-            breaker = self._health.breaker
+            breaker = self._reading.breaker
             self._wake.wait(breaker.wait_seconds() if breaker.is_open else self._refresh_seconds)
             self._wake.clear()
 
     def _step(self) -> None:
         try:
             if self.ready.is_set():
-                with self._health.watched():
-                    self.refresh()
+                self.refresh()
             else:
                 self._open()
         except Exception:  # noqa: BLE001 - counted and logged by `watched`; the next poll tries again
@@ -186,7 +206,7 @@ class Catalog:
             self._rebuild_in_background(None)
 
     def _open(self) -> None:
-        with self._health.watched():
+        with self._reading.watched():
             self._claim_namespace()
             with self._polling:
                 indexed = self._load(self._bucket.list(self._keys.index))
@@ -197,10 +217,10 @@ class Catalog:
     def _rebuild_in_background(self, indexed: Set[bytes] | None) -> None:
         def job() -> None:
             try:
-                with self._health.watched():
-                    self.rebuild(indexed)
-            except Exception:  # noqa: BLE001 - counted and logged by `watched`
-                self._rebuild_at = time.monotonic() + _REBUILD_RETRY_SECONDS
+                self.rebuild(indexed)
+            except Exception:  # noqa: BLE001 - counted and logged by `watched`; tried again
+                self._rebuild_at = time.monotonic() + self._rebuild_pause
+                self._rebuild_pause = min(self._rebuild_pause * 2, _REBUILD_PAUSE[1])
 
         self._rebuild_at = None
         self._pool.submit(job)

@@ -50,13 +50,14 @@ class BlockIndex:
     def __contains__(self, block_hash: bytes) -> bool:
         return block_hash in self._blocks
 
-    def locate(self, hashes: Iterable[bytes]) -> list[Location]:
-        """Return where the known ones of `hashes` lie, in their order."""
-        found: list[Location] = []
+    def locate(self, hashes: Iterable[bytes]) -> list[Location | None]:
+        """Return where each of `hashes` lies, None for those that are not known."""
+        found: list[Location | None] = []
         place = 0
         for block_hash in hashes:
             pack = self._blocks.get(block_hash)
             if pack is None:
+                found.append(None)
                 continue
             # Blocks of a chain are asked for in order, so the next one mostly follows the last.
             place += 1
@@ -96,7 +97,7 @@ class BlockIndex:
             How many of them were known.
         """
         with self._lock:
-            locations = self.locate(dict.fromkeys(hashes))
+            locations = [place for place in self.locate(dict.fromkeys(hashes)) if place is not None]
             for block_hash, pack, offset, _ in locations:
                 self._quarantine.add((block_hash, pack.name, offset))
                 del self._blocks[block_hash]

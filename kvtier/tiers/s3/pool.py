@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_IDLE_SECONDS = 60.0
+
 
 class DaemonPool:
-    """Runs calls first come, first served, on up to `limit` threads that start when they are needed.
+    """Runs calls first come, first served, on up to `limit` threads.
+
+    Threads start when they are needed and end after a minute without work, and their buffers with them.
 
     `concurrent.futures.ThreadPoolExecutor` would do, but the interpreter waits for its threads at exit.
     """
@@ -55,10 +59,10 @@ class DaemonPool:
         while True:
             with self._wake:
                 self._idle += 1
-                while not self._jobs and not self._closed:
-                    self._wake.wait()
+                self._wake.wait_for(lambda: self._jobs or self._closed, _IDLE_SECONDS)
                 self._idle -= 1
-                if self._closed:
+                if not self._jobs:
+                    self._threads -= 1
                     return
                 future, call = self._jobs.popleft()
             if future.set_running_or_notify_cancel():

@@ -94,14 +94,14 @@ class BlockReader:
         self._buffers = threading.local()
 
     def read(self, hashes: Sequence[bytes], deliver: Deliver) -> None:
-        """Deliver every block of `hashes` once, None for those that cannot be had; see `Tier.read`."""
-        wanted = dict.fromkeys(hashes)
-        locations = [] if self._health.breaker.is_open else self._index.locate(wanted)
-        plans = plan_ranges(locations)
+        """Deliver every block of `hashes`, None for those that cannot be had; see `Tier.read`."""
+        located = self._index.locate(hashes)
+        if self._health.breaker.is_open:
+            located = [None] * len(hashes)
+        plans = plan_ranges([location for location in located if location is not None])
         futures = [self._pool.submit(partial(self._fetch, plan, deliver)) for plan in plans]
-        found = {location.hash for location in locations}
-        for block_hash in wanted:
-            if block_hash not in found:
+        for block_hash, location in zip(hashes, located, strict=True):
+            if location is None:
                 self._deliver(deliver, block_hash, None)
         for plan, future in zip(plans, futures, strict=True):
             if not _has_run(future):

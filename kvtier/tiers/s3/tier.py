@@ -76,6 +76,7 @@ class S3Tier:
             namespace,
             self._index,
             self._reading,
+            self._writing,
             self._counters,
             max_encoded_bytes,
             config.index_refresh,
@@ -113,7 +114,7 @@ class S3Tier:
 
     def write(self, blocks: Sequence[StoredBlock]) -> int:
         """Queue blocks for upload; see `Tier.write`."""
-        return self._uploader.write(blocks)
+        return 0 if self._closed else self._uploader.write(blocks)
 
     def discard(self, hashes: Sequence[bytes]) -> None:
         """Refuse these blocks where they lie now, for as long as this process lives; deletes no object."""
@@ -130,8 +131,7 @@ class S3Tier:
     def refresh(self) -> bool:
         """Look now for what other nodes have published; False if the bucket does not answer."""
         try:
-            with self._reading.watched():
-                self._catalog.refresh()
+            self._catalog.refresh()
         except Exception:  # noqa: BLE001 - counted and logged by `watched`
             return False
         return True
@@ -145,8 +145,7 @@ class S3Tier:
         Raises:
             TierError: The bucket does not answer or refuses.
         """
-        with self._reading.watched():
-            return self._catalog.rebuild()
+        return self._catalog.rebuild()
 
     def stats(self) -> Mapping[str, int | float]:
         """Return counters and gauges; `errors_<cause>` and `<kind>_requests` appear as they occur."""

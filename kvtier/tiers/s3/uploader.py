@@ -222,17 +222,16 @@ class Uploader:
         return None
 
     def _due_task(self, now: float) -> Callable[[], None] | None:
+        # Publishing comes first: other nodes must hear of packs however many more are waiting.
+        due = now >= self._publish_at or (self._flushes and not self._jobs)
+        if self._unpublished and not self._publishing and due and self._health.breaker.try_enter():
+            self._publishing = True
+            return self._publish
         job = next((job for job in self._jobs if not job.running and job.not_before <= now), None)
         if job is not None and self._health.breaker.try_enter():
             job.running = True
             return partial(self._upload, job)
-        flushing = bool(self._flushes) and not self._jobs
-        if not self._unpublished or self._publishing or (now < self._publish_at and not flushing):
-            return None
-        if not self._health.breaker.try_enter():
-            return None
-        self._publishing = True
-        return self._publish
+        return None
 
     def _pause(self, now: float) -> float | None:
         """Return the seconds until there may be something to do without further notice; None if never."""
@@ -247,9 +246,11 @@ class Uploader:
         return None if wait is None else max(wait, _SHORTEST_PAUSE)
 
     def _upload(self, job: PackJob) -> None:
+        pack: Pack | None = None
         try:
-            with self._health.watched():
-                pack = self._store(job)
+            if not all(block.hash in self._index for block in job.blocks):
+                with self._health.watched():
+                    pack = self._store(job)
         except Exception as error:  # noqa: BLE001 - counted and logged by `watched`
             self._retry(job, error)
             return
@@ -266,10 +267,8 @@ class Uploader:
                 job.running = False
             self._changed.notify_all()
 
-    def _store(self, job: PackJob) -> Pack | None:
-        """Bring one pack into the bucket and say what is there; None if it was there before."""
-        if all(block.hash in self._index for block in job.blocks):
-            return None
+    def _store(self, job: PackJob) -> Pack:
+        """Bring one pack into the bucket and say what is there."""
         body, pack = write_pack(job.blocks, self._namespace, job.salt)
         if self._bucket.put(self._keys.pack(pack.name), body):
             self._counters.add("packs_uploaded")
