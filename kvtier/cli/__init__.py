@@ -28,9 +28,9 @@ def bench_codec(
     json_out: JsonFlag = False,
 ) -> None:
     """Compare the block codec with plain zstd on real KV: ratio and MB/s, one core, paired."""
-    from kvtier.cli import bench_codec as command
+    from kvtier.cli.bench_codec import run
 
-    command.run(input_file, dtype, json_out)
+    run(input_file, dtype, json_out)
 
 
 @bench.command("lookup")
@@ -40,9 +40,9 @@ def bench_lookup(
     json_out: JsonFlag = False,
 ) -> None:
     """Time hashing and lookup of a long prompt."""
-    from kvtier.cli import bench_lookup as command
+    from kvtier.cli.bench_lookup import run
 
-    command.run(tokens, tokens_per_block, json_out)
+    run(tokens, tokens_per_block, json_out)
 
 
 @app.command()
@@ -54,9 +54,9 @@ def demo(
     json_out: JsonFlag = False,
 ) -> None:
     """Compute a prefix once, restart on an empty node, load it from the bucket: in real processes."""
-    from kvtier.cli import demo as command
+    from kvtier.cli.demo import run
 
-    command.run(config, tokens, json_out)
+    run(config, tokens, json_out)
 
 
 def main() -> None:
