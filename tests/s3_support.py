@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import random
 import secrets
 import threading
@@ -185,32 +186,37 @@ class S3Place:
             eventually(lambda: tier.stats()["index_rebuilds"])
         return tier
 
+    @property
     def client(self) -> Any:
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.server.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=self.server.access_key,
-            aws_secret_access_key=self.server.secret_key,
-            config=Config(s3={"addressing_style": "path"}),
-        )
+        return _client(self.server.endpoint, self.server.access_key, self.server.secret_key)
 
     def keys(self, kind: str) -> list[str]:
         """List the keys of one kind: "packs", "index" or "namespace"."""
         start = f"{self.prefix}/{NAMESPACE.hex}/{kind}"
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=start)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=start)
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def get(self, key: str) -> bytes:
-        return bytes(self.client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
+        return bytes(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
 
     def put(self, key: str, body: bytes) -> None:
-        self.client().put_object(Bucket=BUCKET, Key=key, Body=body)
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=body)
 
     def delete(self, keys: Sequence[str]) -> None:
-        client = self.client()
         for key in keys:
-            client.delete_object(Bucket=BUCKET, Key=key)
+            self.client.delete_object(Bucket=BUCKET, Key=key)
+
+
+@functools.cache
+def _client(endpoint: str, access_key: str, secret_key: str) -> Any:
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        config=Config(s3={"addressing_style": "path"}),
+    )
 
 
 def place_on(server: S3Server, patch: pytest.MonkeyPatch) -> S3Place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,8 @@ class Reply:
         headers: Without Content-Length and connection headers.
         body: What is sent of the body.
         length: What Content-Length says; None for the body's true length.
-        hang: Send nothing until the proxy closes.
+        hang: Send nothing more after the body until the proxy closes; nothing at all if the status is 0.
+        trickle: Seconds after each KiB of the body.
     """
 
     status: int
@@ -29,6 +31,7 @@ class Reply:
     body: bytes = b""
     length: int | None = None
     hang: bool = False
+    trickle: float = 0.0
 
 
 Spoil = Callable[[Reply], Reply]
@@ -84,6 +87,16 @@ def shifted(reply: Reply) -> Reply:
 def unlabelled(reply: Reply) -> Reply:
     """Leave the Content-Range out of a 206."""
     return Reply(206, {}, reply.body)
+
+
+def stalled(reply: Reply) -> Reply:
+    """Stop in the middle of the body, and keep the connection."""
+    return Reply(reply.status, reply.headers, reply.body[: len(reply.body) // 2], len(reply.body), hang=True)
+
+
+def trickling(reply: Reply) -> Reply:
+    """Send the body so slowly that it never ends, but never rests either."""
+    return Reply(reply.status, reply.headers, reply.body, trickle=0.01)
 
 
 def hung(reply: Reply) -> Reply:
@@ -147,17 +160,23 @@ class FaultyProxy:
             do_GET = do_PUT = do_DELETE = do_HEAD = do_POST = serve
 
             def answer(self, reply: Reply) -> None:
+                if reply.status:
+                    self.send(reply)
                 if reply.hang:
                     proxy._closing.wait()
                     self.close_connection = True
-                    return
+
+            def send(self, reply: Reply) -> None:
                 self.send_response_only(reply.status)
                 for name, value in reply.headers.items():
                     self.send_header(name, value)
                 announced = len(reply.body) if reply.length is None else reply.length
                 self.send_header("Content-Length", str(announced))
                 self.end_headers()
-                self.wfile.write(reply.body)
+                step = 1024 if reply.trickle else len(reply.body) or 1
+                for start in range(0, len(reply.body), step):
+                    self.wfile.write(reply.body[start : start + step])
+                    time.sleep(reply.trickle)
                 self.close_connection = announced != len(reply.body)
 
             def log_message(self, *arguments: object) -> None:

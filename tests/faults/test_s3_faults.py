@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.cli.s3server import S3Server
 from kvtier.tiers import StoredBlock
-from kvtier.tiers.s3 import S3Tier
+from kvtier.tiers.s3 import S3Tier, client
 from tests.faults import s3_proxy
 from tests.faults.s3_proxy import FaultyProxy, Spoil
 from tests.s3_support import (
@@ -78,6 +78,7 @@ def assert_recovers(tier: S3Tier, blocks: list[StoredBlock]) -> None:
         (s3_proxy.html(404), "bad_replies"),
         (s3_proxy.broken_off, "errors_connection"),
         (s3_proxy.hung, "errors_timeout"),
+        (s3_proxy.stalled, "errors_timeout"),
         (s3_proxy.error(503, "SlowDown"), "errors_throttled"),
         (s3_proxy.html(503), "errors_throttled"),
         (s3_proxy.error(500, "InternalError"), "errors_unavailable"),
@@ -123,6 +124,20 @@ def test_a_body_that_breaks_off_once_is_resumed(
         by_path.setdefault(path, []).append(int(end) - int(start) + 1)
     for whole, rest in by_path.values():
         assert 0 < rest < whole
+    tier.close()
+
+
+def test_a_trickling_body_is_a_time_out(
+    stocked: tuple[S3Place, list[StoredBlock]], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, blocks = stocked
+    monkeypatch.setattr(client, "_SLOWEST_BYTES_PER_SECOND", 10 << 20)
+    tier = open_tier(place, endpoint=proxy.endpoint)
+    proxy.choose = on_pack_reads(s3_proxy.trickling)
+    assert set(read_all(tier, hashes_of(blocks)).values()) == {None}
+    assert tier.stats()["errors_timeout"] >= 1
+    proxy.choose = lambda method, path, headers: None
+    assert_recovers(tier, blocks)
     tier.close()
 
 
