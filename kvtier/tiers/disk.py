@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -30,6 +30,7 @@ _THREADS = 4
 _BLOCKS_PER_SHARD = 64
 _MIN_BLOCKS = 16
 _OPEN_SECONDS = 10.0
+_TICK_SECONDS = 0.01
 _MIN_BYTES = 1 << 17
 # While another process has the directory open, a file without a row may be one that it is writing.
 _YOUNG_SECONDS = 600
@@ -91,7 +92,7 @@ class DiskTier:
         self._health = Health(retry_seconds)
         self._closed = False
 
-        self._lock_file, self._sweep_before_ns = self._enter()
+        self._lock_file, self._sweep_up_to_ns = self._enter()
         # A file is written before its row makes room for it: that many may be on their way.
         bound = size_bytes - _THREADS * max_payload_bytes
         count = self._count_shards(bound // (_BLOCKS_PER_SHARD * max_payload_bytes))
@@ -187,14 +188,33 @@ class DiskTier:
         if self._closed:
             return
         self._closed = True
+        deadline = time.monotonic() + timeout
         self._stop.set()
         self._maintenance.join(timeout)
+        for pool in (self._readers, self._writers):
+            self._end(pool, deadline)
         for shard in self._shards:
             shard.close()
-        self._readers.shutdown(wait=False)
-        self._writers.shutdown(wait=False)
         if self._lock_file is not None:
             os.close(self._lock_file)
+
+    def _end(self, pool: ThreadPoolExecutor, deadline: float) -> None:
+        """End a pool's threads, each of which closes its own connections: nobody else can."""
+        threads = threading.Barrier(_THREADS - 1)
+
+        def leave() -> None:
+            # Together, so that no thread takes two of these jobs.
+            with contextlib.suppress(threading.BrokenBarrierError):
+                threads.wait(max(0.0, deadline - time.monotonic()))
+            self._disconnect()
+
+        leaving = [pool.submit(leave) for _ in range(_THREADS - 1)]
+        pool.shutdown(wait=False)
+        wait(leaving, max(0.0, deadline - time.monotonic()))
+
+    def _disconnect(self) -> None:
+        for shard in self._shards:
+            shard.disconnect()
 
     def _shard(self, block_hash: bytes) -> DiskShard:
         # The first byte picks the folder inside the shard, so the last one picks the shard.
@@ -205,7 +225,7 @@ class DiskTier:
 
         Returns:
             The lock's descriptor, None if the directory cannot be written, and the time, ns since the epoch
-            by the file system's clock, before which a file without a row is an orphan.
+            by the file system's clock, up to which a file without a row is an orphan.
         """
         descriptor: int | None = None
         try:
@@ -217,6 +237,8 @@ class DiskTier:
             _try_lock(descriptor, fcntl.LOCK_SH)
             os.utime(descriptor)
             opened_ns = os.fstat(descriptor).st_mtime_ns
+            # What this tier writes must be younger than what a killed process left in the same tick.
+            time.sleep(_TICK_SECONDS)
         except OSError as error:
             self._health.wrote(self._health.failed(error))
             return descriptor, 0
@@ -230,18 +252,16 @@ class DiskTier:
     def _maintain(self) -> None:
         # Highest first: whoever sees any shard of a directory in the making sees how many there will be.
         for shard in reversed(self._shards):
-            shard.maintain(self._sweep_before_ns)
+            shard.maintain(self._sweep_up_to_ns)
         self._opened.set()
-        while True:
+        while not self._stop.is_set():
             for shard in self._shards:
-                shard.maintain(self._sweep_before_ns)
-                if self._stop.is_set():
-                    return
+                shard.maintain(self._sweep_up_to_ns)
             with contextlib.suppress(OSError):
                 for damaged in self._root.glob(f"*{SET_ASIDE}*"):
                     shutil.rmtree(damaged, ignore_errors=True)
-            if self._stop.wait(self._health.retry_seconds):
-                return
+            self._stop.wait(self._health.retry_seconds)
+        self._disconnect()
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

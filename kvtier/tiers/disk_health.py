@@ -44,7 +44,7 @@ _SQLITE_CAUSES = {
 
 def cause_of(error: BaseException) -> str:
     """Return which of `CAUSES` an error of diskcache, SQLite or the file system comes down to."""
-    if isinstance(error, Timeout):
+    while isinstance(error, Timeout):
         # diskcache says Timeout whatever kept a transaction from beginning; SQLite's own word is its context.
         error = error.__context__ or sqlite3.OperationalError("database is locked")
     if isinstance(error, sqlite3.Error) and "no transaction is active" in str(error) and error.__context__:

@@ -145,11 +145,11 @@ class DiskShard:
             return
         self._delete(cache, block_hash)
 
-    def maintain(self, sweep_before_ns: int) -> None:
+    def maintain(self, sweep_up_to_ns: int) -> None:
         """Open the shard if it is not open; else do what is not urgent: sweep once, write access times.
 
         Args:
-            sweep_before_ns: Files without a row are removed if last written before this, ns since the epoch.
+            sweep_up_to_ns: Files without a row are removed if last written up to then, ns since the epoch.
         """
         cache = self._cache
         if cache is None or self._moved() or self._has_log():
@@ -157,15 +157,23 @@ class DiskShard:
             return
         try:
             if not self._swept:
-                self._sweep(sweep_before_ns)
+                self._sweep(sweep_up_to_ns)
                 self._swept = True
             self._write_access_times()
             self.size_bytes = cache.volume()
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does, the others go on
             self._recover(cache, self._health.failed(error))
 
+    def disconnect(self) -> None:
+        """Close the calling thread's connection to the database; it is opened again when it is needed."""
+        cache = self._cache
+        if cache is not None:
+            with contextlib.suppress(sqlite3.Error):
+                cache.close()
+
     def close(self) -> None:
         """Write what is noted and let go of the database; from then on nothing is held."""
+        self.disconnect()
         with self._lock:
             cache, self._cache, self._closed = self._cache, None, True
             self.held = set()
@@ -173,8 +181,7 @@ class DiskShard:
             return
         try:
             self._write_access_times()
-            cache.close()
-        except Exception as error:  # noqa: BLE001 - closing loses at most the order of eviction
+        except Exception as error:  # noqa: BLE001 - that loses at most the order of eviction
             self._health.failed(error)
 
     def _shrink(self, cache: Cache) -> None:
@@ -306,7 +313,7 @@ class DiskShard:
             database.executemany("UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1", rows)
             database.execute("COMMIT")
 
-    def _sweep(self, before_ns: int) -> None:
+    def _sweep(self, up_to_ns: int) -> None:
         """Remove files without a row, as a crash between file and row leaves them, and add up the size."""
         # Rows are looked up after the files, so that a block committed meanwhile has its row among them.
         orphans = set(self._files())
@@ -318,7 +325,7 @@ class DiskShard:
         for name in orphans:
             path = self._directory / name
             with contextlib.suppress(FileNotFoundError):
-                if os.lstat(path).st_mtime_ns < before_ns:
+                if os.lstat(path).st_mtime_ns <= up_to_ns:
                     os.unlink(path)
                     self._health.count("orphans_removed")
 

@@ -374,10 +374,16 @@ class TestTheRest:
             with open("/proc/self/maps") as maps:
                 assert str(tmp_path) not in maps.read()
 
-    def test_close_ends_its_threads(self, tmp_path: Path) -> None:
+    def test_close_ends_its_threads_and_closes_its_files(self, tmp_path: Path) -> None:
         before = set(threading.enumerate())
         tier = open_tier(tmp_path)
         tier.write(blocks(range(20)))
         read(tier, blocks(range(20)))
         tier.close()
         assert eventually(lambda: set(threading.enumerate()) <= before)
+
+        def still_open() -> list[str]:
+            links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+            return [path for path in map(os.path.realpath, links) if path.startswith(str(tmp_path))]
+
+        assert eventually(lambda: not still_open())
