@@ -209,7 +209,7 @@ class Catalog:
         with self._reading.watched():
             self._claim_namespace()
             with self._polling:
-                indexed = self._load(self._bucket.list(self._keys.index))
+                indexed = self._load(self._bucket.list(self._keys.index), again=True)
         self.ready.set()
         self._on_ready()
         self._rebuild_in_background(indexed)
@@ -221,6 +221,8 @@ class Catalog:
             except Exception:  # noqa: BLE001 - counted and logged by `watched`; tried again
                 self._rebuild_at = time.monotonic() + self._rebuild_pause
                 self._rebuild_pause = min(self._rebuild_pause * 2, _REBUILD_PAUSE[1])
+            else:
+                self._rebuild_pause = _REBUILD_PAUSE[0]
 
         self._rebuild_at = None
         self._pool.submit(job)
@@ -245,7 +247,10 @@ class Catalog:
             )
 
     def _load(self, listing: Iterable[ListedObject], again: bool = False) -> set[bytes]:
-        """Read listed segments into the index, in order, and return the names of the packs in them."""
+        """Read listed segments into the index, in order, and return the names of the packs in them.
+
+        With `again` those seen before too; a corrupt one then starts no rebuild, the caller being at it.
+        """
         segments = [item for item in listing if self._keys.segment_time(item.key) is not None]
         with self._seen_lock:
             chosen = [item for item in segments if again or item.key not in self._seen]
