@@ -176,9 +176,9 @@ class AgentClient:
 
     def close(self, timeout: float = 10.0) -> None:
         """Have the agent write what is pending, up to `timeout` seconds, and leave; it keeps the blocks."""
-        started = self._clock()
+        deadline = time.monotonic() + timeout
         self._link.call(wire.Flush(0, 0, timeout), timeout + self._deadlines.call)
-        self._link.close(max(1.0, timeout - (self._clock() - started)))
+        self._link.close(max(1.0, deadline - time.monotonic()))
         self._mappings.close()
 
     def _note(self, lease: int, until: float | None) -> None:
@@ -207,6 +207,7 @@ def connect(
     prepare: Prepare | None = None,
     wait: float = CONNECT_SECONDS,
     deadlines: Deadlines | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AgentClient:
     """Attach to the agent that `config` means.
 
@@ -222,6 +223,7 @@ def connect(
         prepare: Called with each new arena before its first use, in the client's thread, such as to pin it.
         wait: Seconds to wait for the agent. It may also come later.
         deadlines: How long calls wait; None for the usual.
+        clock: Monotonic seconds, for leases.
 
     Returns:
         A client, connected or not. It connects, and connects again, by itself.
@@ -238,7 +240,7 @@ def connect(
     if spawn is None:
         spawn = config.agent.mode == "auto"
     counters = Counters()
-    mappings = Mappings(prepare, LEASE_SECONDS, time.monotonic)
+    mappings = Mappings(prepare, LEASE_SECONDS, clock)
     link = Link(directory, hello, mappings, counters, partial(launch, config, directory) if spawn else None)
     client = AgentClient(
         namespace,
@@ -248,7 +250,7 @@ def connect(
         counters,
         lookup_wait=config.lookup_wait,
         deadlines=deadlines or Deadlines(),
-        clock=time.monotonic,
+        clock=clock,
     )
     client.wait_connected(wait)
     return client

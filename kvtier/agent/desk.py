@@ -90,7 +90,9 @@ class Desk:
 
     def _matched(self, session: Session, number: int, hashes: list[bytes], wait: float) -> wire.Matched:
         store, group = session.opened.store, session.group
-        match = store.match(hashes, wait, holders=group.ranks, owner=group.owner)
+        # Every rank reads what is stored once for all (one shard), and a rank may stand for several shards.
+        holders = max(group.ranks, store.layout.shards)
+        match = store.match(hashes, wait, holders=holders, owner=group.owner)
         if match.lease and not group.members:
             # The engine went while this waited: nobody will release it.
             store.release(match.lease)

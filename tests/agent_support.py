@@ -1,0 +1,161 @@
+"""Shared by the agent's tests: agents in real processes and in threads, and clients of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvtier.agent.client import AgentClient, Deadlines, connect
+from kvtier.agent.place import take_lock
+from kvtier.agent.process import serve
+from kvtier.agent.server import Agent
+from kvtier.agent.stores import Stores
+from kvtier.config import AgentConfig, Config, MemoryConfig
+from kvtier.hashing import Namespace
+from kvtier.layout import BlockLayout
+from kvtier.tiers import Tier
+from tests.store_support import LAYOUT
+
+PATIENT = Deadlines(match=20.0, call=20.0)
+"""For tests of what an agent does: on a busy machine it may take its time."""
+
+ROOT = Path(__file__).parents[1]
+COMMAND = (
+    "import sys; from tests.agent_support import serve_place; serve_place(sys.argv[1], int(sys.argv[2]))"
+)
+
+
+def namespace_of(layout: BlockLayout = LAYOUT, **facts: object) -> Namespace:
+    """Return a namespace of its own for each set of facts."""
+    return Namespace.from_facts({"model": "test", **layout.describe(), **facts})
+
+
+def stride_of(layout: BlockLayout) -> int:
+    """Return the bytes that a slot takes."""
+    return -(-layout.block_bytes // 4096) * 4096
+
+
+def configure(directory: Path, memory: int, **settings: Any) -> Config:
+    """Return a configuration, with less memory than a file may ask for: a few slots are enough."""
+    return Config(
+        memory=MemoryConfig.model_construct(size=memory),
+        agent=AgentConfig(mode="external", directory=directory),
+        **settings,
+    )
+
+
+def serve_place(directory: str, memory: int) -> None:
+    """Be an agent: what an `AgentProcess` does."""
+    serve(configure(Path(directory), memory))
+    os._exit(0)
+
+
+class Place:
+    """A directory for one agent, with a name that is short enough, and the configuration that means it."""
+
+    def __init__(self, memory: int = 16 * 4096, **settings: Any) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="kvt", dir="/tmp"))
+        self.memory = memory
+        self.config = configure(self.directory, memory, **settings)
+
+    def connect(
+        self, namespace: Namespace | None = None, layout: BlockLayout = LAYOUT, **options: Any
+    ) -> AgentClient:
+        """Attach to the agent here."""
+        options = {"deadlines": PATIENT, **options}
+        client = connect(self.config, namespace or namespace_of(layout), layout, **options)
+        if options.get("wait", 1) and options.get("ranks", 1) == 1:
+            assert client.connected, self.log()
+        return client
+
+    def log(self) -> str:
+        """Return what the agent has logged."""
+        file = self.directory / "log"
+        return file.read_text() if file.exists() else ""
+
+    def remove(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.directory)
+
+
+class AgentProcess:
+    """An agent in a process of its own, at a place."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        arguments = [sys.executable, "-c", COMMAND, str(place.directory), str(place.memory)]
+        with open(place.directory / "log", "ab") as log:
+            self.process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log)
+
+    def __enter__(self) -> AgentProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End the process at once, and bury it."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def end(self) -> int:
+        """End the process properly; returns its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+        return self.process.wait(30)
+
+
+class AgentThread:
+    """An agent in a thread of this process, over tiers that the test holds."""
+
+    def __init__(
+        self,
+        place: Place,
+        tiers: Sequence[Tier] = (),
+        clock: Callable[[], float] = time.monotonic,
+        linger: float | None = None,
+    ) -> None:
+        lock = take_lock(place.directory)
+        assert lock is not None
+        self._lock = lock
+        self.stores = Stores(place.memory, lambda namespace, layout: tiers, clock=clock)
+        self.agent = Agent(place.directory, self.stores, linger=linger)
+        self.thread = threading.Thread(target=self.agent.run, args=(10.0,), daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> AgentThread:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Stop the agent and wait for it."""
+        self.agent.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def eventually(condition: Callable[[], object], what: str = "") -> None:
+    """Wait for a condition that comes true by itself; it has a minute, which only a defect needs."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.01)
