@@ -39,6 +39,8 @@ class EngineConfig:
         window: Under "groups", the attention window in tokens of the last group's layers, or None.
         honour_blocks: Under "groups", take at most so many offered blocks; None: as the first chunk holds.
         graph_decode: Leave the per-layer hooks out of pure generation steps, as a replayed graph does.
+        announce_cancelled: Call `request_finished` also for cancelled and failed requests that have pages, as
+            some builds of 1.2 do. Not all of their pages are computed.
         poison: Fill newly allocated pages with 0xFF before they are computed, as recycled memory might be.
         device: Where the KV pool lies, and the model must lie.
     """
@@ -56,6 +58,7 @@ class EngineConfig:
     window: int | None = None
     honour_blocks: int | None = None
     graph_decode: bool = False
+    announce_cancelled: bool = False
     poison: bool = True
     device: str = "cpu"
 

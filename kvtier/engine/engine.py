@@ -279,22 +279,18 @@ class Engine:
             if sequence.state is State.ENDED:
                 continue
             self.cache.commit(sequence)
-            self._end_without_notice(sequence, "cancelled")
+            self._end_early(sequence, "cancelled")
         self._cancelled.clear()
 
     def _handle_transfers(self, connector: Connector) -> None:
         saved, loaded = connector.poll()
-        for sequence in saved:
-            self._let_go(sequence)
         for sequence in loaded:
             if sequence.state is State.LOADING:
                 sequence.state = State.CONTEXT
-            else:
-                self._let_go(sequence)
-
-    def _let_go(self, sequence: Sequence) -> None:
-        if self.scheduler.held.pop(sequence.id, None) is not None:
-            self.cache.release(sequence)
+        for sequence in (*saved, *loaded):
+            if sequence.id in self.scheduler.held and not connector.transferring(sequence):
+                del self.scheduler.held[sequence.id]
+                self.cache.release(sequence)
 
     def _end(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         self.scheduler.remove(sequence)
@@ -306,14 +302,17 @@ class Engine:
 
     def _fail_active(self, error: Exception) -> None:
         for sequence in list(self.scheduler.active):
-            self._end_without_notice(sequence, "failed", error)
+            self._end_early(sequence, "failed", error)
         self._previous = []
 
-    def _end_without_notice(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
+    def _end_early(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         if self.connector is not None:
+            announce = self.config.announce_cancelled and bool(sequence.blocks)
+            saving = announce and self.connector.finished(sequence)
             self.connector.forget(sequence)
             # Up to 1.3 the pages are freed although a load may still be writing to them.
-            if self.config.version == "main" and self.connector.transferring(sequence):
+            loading = self.config.version == "main" and self.connector.transferring(sequence)
+            if saving or loading:
                 self.scheduler.hold(sequence)
         self._end(sequence, reason, error)
 

@@ -179,6 +179,27 @@ def test_request_data_has_the_fields_of_its_release() -> None:
         assert all(not o.new_requests for o in rest)
 
 
+def test_loaded_tokens_are_left_out_of_the_position_in_the_matching_iteration_only() -> None:
+    positions: list[tuple[int, int]] = []
+
+    class Watching(DictLeader):
+        def build_connector_meta(self, output: Any) -> dict[str, Any]:
+            for data in (*output.new_requests, *output.cached_requests):
+                positions.append((data.computed_position, data.num_scheduled_tokens))
+            return super().build_connector_meta(output)
+
+    store = DictStore()
+    answer(make_engine(config(), store), Request(PROMPT[: 3 * SIZE + 1], 1))
+    engine = make_engine(config(max_tokens_per_step=SIZE), store, leader=Watching)
+    answer(engine, Request(PROMPT, 2))
+    assert positions == [(0, SIZE), (4 * SIZE, SIZE), (5 * SIZE, 3), (len(PROMPT), 1)]
+    positions.clear()
+    store.load_async = True
+    engine = make_engine(config(max_tokens_per_step=SIZE), store, leader=Watching)
+    answer(engine, Request(PROMPT, 2))
+    assert positions == [(5 * SIZE, 3), (len(PROMPT), 1)]
+
+
 @pytest.mark.parametrize(
     ("promise", "error"),
     [
@@ -269,6 +290,20 @@ def test_cancelled_requests_are_not_announced_and_free_their_pages() -> None:
     assert engine.cache.pool.available == 8
     assert store.calls["request_finished"] == 0
     assert answer(engine, Request(PROMPT, 4)) == expected_answer(Request(PROMPT, 4), config())
+
+
+@pytest.mark.parametrize("save_async", [False, True])
+def test_some_builds_announce_cancelled_requests(save_async: bool) -> None:
+    store = DictStore(save_async=save_async)
+    engine = make_engine(config(announce_cancelled=True, num_blocks=8), store)
+    running = engine.submit(Request(PROMPT, 16))
+    waiting = engine.submit(Request(PROMPT, 16))
+    engine.step()
+    engine.cancel(running)
+    engine.cancel(waiting)
+    engine.settle()
+    assert store.calls["request_finished"] == 1
+    assert engine.cache.pool.available == 8
 
 
 @pytest.mark.parametrize("version", ["1.3", "main"])

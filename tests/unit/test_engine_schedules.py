@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kvtier.engine import EngineConfig, HashModel, Multimodal, Request
-from tests.engine_support import DictStore, expected_answer, make_engine
+from tests.engine_support import DictLeader, DictStore, expected_answer, make_engine
 
 SIZE = 4
 MODEL = HashModel(layers=3, kv_heads=1, head_dim=4)
-SEEDS = 120
+SEEDS = 100
 _expected: dict[Any, list[int]] = {}
 
 
@@ -33,6 +33,7 @@ def random_config(rng: random.Random) -> EngineConfig:
         overlap=rng.random() < 0.5,
         block_reuse=rng.random() < 0.9,
         graph_decode=rng.random() < 0.3,
+        announce_cancelled=rng.random() < 0.3,
         **ways,
     )
 
@@ -100,7 +101,6 @@ def run_schedule(seed: int) -> Counter[str]:
             metrics = engine.metrics(request_id)
             seen["external"] += metrics.tokens_external > 0
             seen["local"] += metrics.tokens_local > 0
-        seen["pauses"] += engine.scheduler.pauses
         seen["cancelled"] += len(cancelled)
     seen["finished"] += store.calls["request_finished"]
     return seen
@@ -117,7 +117,65 @@ def test_random_schedules(part: int) -> None:
             raise
     # The schedules must reach what they are meant to test.
     assert min(seen["external"], seen["local"], seen["cancelled"], seen["finished"]) > 10, seen
-    assert seen["pauses"] > 0, seen
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_paused_requests_are_replayed_as_new(seed: int) -> None:
+    rng = random.Random(seed)
+    appeared: list[int] = []
+
+    class Watching(DictLeader):
+        def build_connector_meta(self, output: Any) -> dict[str, Any]:
+            for data in output.new_requests:
+                appeared.append(data.request_id)
+                assert len(data.new_tokens) >= 20, "a replay brings all its tokens"
+            return super().build_connector_meta(output)
+
+    config = EngineConfig(
+        num_blocks=15 if seed % 4 == 3 else 12,
+        tokens_per_block=SIZE,
+        version="main",
+        layout="groups",
+        overlap=bool(seed % 2),
+        window=[None, 9][seed // 2 % 2],
+        max_tokens_per_step=[None, 8, 24][seed % 3],
+        block_reuse=seed % 4 != 3,
+    )
+    store = DictStore(rng=rng, save_async=seed % 5 == 0, load_async=seed % 4 == 0)
+    engine = make_engine(config, store, model=MODEL, leader=Watching)
+    lengths = [rng.choice([20, 24, 30]) for _ in range(6)]
+    requests = [Request([rng.randrange(50) for _ in range(n)], rng.randint(8, 12)) for n in lengths]
+    ids = [engine.submit(request) for request in requests]
+    engine.settle()
+    assert [engine.output(i) for i in ids] == [remembered_answer(request, config) for request in requests]
+    assert engine.scheduler.pauses > 0
+    assert len(appeared) > len(ids)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_old_prompt_that_was_loading_meets_young_requests(seed: int) -> None:
+    """The older request needs pages when the younger ones are already in the batch."""
+    rng = random.Random(seed)
+    store = DictStore(rng=rng)
+    config = EngineConfig(
+        num_blocks=14,
+        tokens_per_block=SIZE,
+        version="main",
+        layout="groups",
+        overlap=bool(seed % 2),
+        max_tokens_per_step=12,
+    )
+    old = Request([rng.randrange(50) for _ in range(45)], 5)
+    cold = make_engine(config, store, model=MODEL)
+    cold.submit(old)
+    cold.run()
+    store.load_async = True
+    engine = make_engine(config, store, model=MODEL)
+    requests = [old, *(Request([rng.randrange(50) for _ in range(4)], 30) for _ in range(2))]
+    ids = [engine.submit(request) for request in requests]
+    engine.run()
+    for request_id, request in zip(ids, requests, strict=True):
+        assert engine.output(request_id) == expected_answer(request, config, MODEL)
 
 
 def test_asynchronous_loads_on_every_release() -> None:
