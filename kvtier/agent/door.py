@@ -81,6 +81,7 @@ class Door:
         """Stop listening; who has been let in stays."""
         self._socket.close()
         self._path.unlink(missing_ok=True)
+        self._greeters.close(0.0)
 
     def _greet(self, connection: socket.socket) -> None:
         try:

@@ -314,5 +314,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes, limit: int) -> A
         raise WireError(f"a message of {len(data)} bytes is over the limit of {limit}")
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(str(error)) from error
