@@ -114,7 +114,7 @@ class Engine:
         """Whether any request is not over."""
         return bool(self.scheduler.active or self.scheduler.waiting or self._previous)
 
-    def run(self, timeout: float = 120.0) -> list[Finished]:
+    def run(self, timeout: float = 600.0) -> list[Finished]:
         """Step until every request is over.
 
         Raises:

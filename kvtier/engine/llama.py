@@ -151,7 +151,7 @@ class LlamaModel:
         self, spans: Sequence[Span], memory: KVMemory, before_layer: LayerHook, after_layer: LayerHook
     ) -> list[torch.Tensor | None]:
         """Compute spans and return, where wanted, the logits after their last token, `[vocab_size]`."""
-        tiled = [self._tiles(span, memory.tokens_per_block) for span in spans]
+        tiled = self._each(partial(self._tiles, memory.tokens_per_block), spans)
         tiles = [tile for part in tiled for tile in part]
         self._extend_rope(max(tile.block + 1 for tile in tiles) * memory.tokens_per_block)
         for layer, weights in enumerate(self._layers):
@@ -169,7 +169,8 @@ class LlamaModel:
             return [function(item) for item in items]
         return list(self._pool.map(function, items))
 
-    def _tiles(self, span: Span, size: int) -> list[Tile]:
+    @torch.inference_mode()
+    def _tiles(self, size: int, span: Span) -> list[Tile]:
         tiles = []
         for block in range(span.start // size, (span.end - 1) // size + 1):
             first = max(span.start - block * size, 0)
@@ -254,13 +255,13 @@ def _read_context(layer: int, memory: KVMemory, span: Span) -> tuple[torch.Tenso
     """
     blocks = -(-span.end // memory.tokens_per_block)
     listed = span.pages[memory.group_of[layer]][:blocks]
-    held = [block for block, page in enumerate(listed) if page >= 0]
-    pages = [listed[block] for block in held]
+    pages = torch.tensor(listed, device=memory.device)
     shape = (blocks, memory.tokens_per_block, memory.spec.kv_heads, memory.spec.head_dim)
     both = []
     for rows in (memory.keys[layer], memory.values[layer]):
-        context = torch.zeros(shape, device=memory.device)
-        context[held] = rows[pages].transpose(1, 2).to(context.dtype)
+        context = torch.empty(shape, device=memory.device)
+        context.copy_(rows[pages.clamp(min=0)].transpose(1, 2))
+        context[pages < 0] = 0
         context.flatten(0, 1)[span.end :] = 0
         both.append(context.flatten(0, 1))
     return both[0], both[1]

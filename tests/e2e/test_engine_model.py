@@ -116,6 +116,12 @@ def test_chunks_and_decoding_give_the_bits_of_one_prefill(model: LlamaModel, pro
         assert torch.equal(pieces.kv(count), whole.kv(count)), cuts
 
 
+def test_the_number_of_threads_does_not_matter(model: LlamaModel, prompt: list[int]) -> None:
+    one, three = (Run(load_model(model.path, threads=count), prompt) for count in (1, 3))
+    assert torch.equal(one.compute(0, 70), three.compute(0, 70))
+    assert torch.equal(one.kv(70), three.kv(70))
+
+
 def test_a_batch_gives_the_bits_of_each_request_alone(model: LlamaModel, prompt: list[int]) -> None:
     config = EngineConfig(num_blocks=8, tokens_per_block=SIZE)
     memory = KVMemory(model.spec, config)
