@@ -35,7 +35,7 @@ LAST_RETRY_SECONDS = 1.0
 
 FIRST_LAUNCH_SECONDS = 2.0
 LAST_LAUNCH_SECONDS = 60.0
-"""Pauses between starts of agents that end before they can be used."""
+"""Pauses between starts of agents: they double while agents keep dying."""
 
 ATTACH_SECONDS = 60.0
 """An agent that opens a store for the first time may have to read an index first."""
@@ -378,7 +378,6 @@ class Link:
                 _discard(connection)
                 return True
             self._connection = connection
-            self._launch_pause = FIRST_LAUNCH_SECONDS
             self._counters.add("client_connects")
             self._set_state(State.UP)
         return True
@@ -387,6 +386,8 @@ class Link:
         now = time.monotonic()
         if self._launch is None or now < self._next_launch:
             return
+        if now > self._next_launch + LAST_LAUNCH_SECONDS:
+            self._launch_pause = FIRST_LAUNCH_SECONDS
         try:
             if self._launch():
                 self._next_launch = now + self._launch_pause

@@ -167,15 +167,21 @@ class Agent:
         session, request = self._desk.admit(data)
         if self._waiting >= WAITERS and isinstance(request, wire.MatchBlocks):
             request.wait = 0.0
-        answer = self._desk.answer(session, request)
+        try:
+            answer = self._desk.answer(session, request)
+        except Exception:
+            # The client must not take this for a hang.
+            if request.id:
+                self._reply(identity, wire.encode(wire.Done(request.id, False)))
+            raise
         if callable(answer):
             self._waiting += 1
-            self._waiters.submit(lambda: self._wait(identity, answer))
+            self._waiters.submit(lambda: self._wait(identity, request.id, answer))
         elif answer is not None:
             self._reply(identity, answer)
 
-    def _wait(self, identity: bytes, answer: Callable[[], bytes]) -> None:
-        reply = b""
+    def _wait(self, identity: bytes, number: int, answer: Callable[[], bytes]) -> None:
+        reply = wire.encode(wire.Done(number, False))
         try:
             reply = answer()
         finally:
@@ -198,8 +204,7 @@ class Agent:
         while not self._replies.empty():
             identity, reply = self._replies.get()
             self._waiting -= 1
-            if reply:
-                self._reply(identity, reply)
+            self._reply(identity, reply)
         while not self._arrivals.empty():
             session = self._arrivals.get()
             session.connection.setblocking(False)
