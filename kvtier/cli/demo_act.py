@@ -10,13 +10,13 @@ import logging
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from kvtier.engine import Engine, EngineConfig, Request, Tokenizer, load_model, model_dir
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 
-READY_SECONDS = 30.0
-"""How long to wait for the bucket's index before the first prompt; a real engine's start takes longer."""
+PATIENCE_SECONDS = 60.0
 
 
 def main() -> None:
@@ -37,26 +37,27 @@ def main() -> None:
     engine.submit(Request(list(range(1, 20)), max_new_tokens=2))
     engine.run()
     if leader is not None:
-        wait_until_ready(leader)
+        wait_until(lambda: is_ready(stats(leader)))
     before = stats(leader)
     request = engine.submit(Request(prompt, max_new_tokens=order["new_tokens"]))
     engine.run(timeout=300)
     metrics, output = engine.metrics(request), engine.output(request)
     loaded = {
-        tier: delta(before, stats(leader), f"hit_blocks_{tier}") * 32 for tier in ("memory", "disk", "s3")
+        tier: delta(before, stats(leader), f"store_hit_blocks_{tier}") * 32
+        for tier in ("memory", "disk", "s3")
     }
     engine.settle()
     if leader is not None:
-        leader.flush(60)
+        wait_until(lambda: is_stored(stats(leader)))
     after = stats(leader)
-    encoded = after.get("encoded_bytes", 0)
+    encoded = after.get("store_encoded_bytes", 0)
     result = {
         "tokens_computed": metrics.tokens_computed,
         "tokens_loaded": {tier: tokens for tier, tokens in loaded.items() if tokens},
-        "bytes_from_bucket": delta(before, after, "s3_get_bytes"),
+        "bytes_from_bucket": delta(before, after, "store_s3_get_bytes"),
         "ttft_s": metrics.ttft_s,
-        "codec_ratio": round(after["encoded_raw_bytes"] / encoded, 4) if encoded else None,
-        "requests": {kind: after.get(f"s3_{kind}_requests", 0) for kind in ("get", "put", "list")},
+        "codec_ratio": round(after["store_encoded_raw_bytes"] / encoded, 4) if encoded else None,
+        "requests": {kind: after.get(f"store_s3_{kind}_requests", 0) for kind in ("get", "put", "list")},
         "output": output,
     }
     engine.close()
@@ -73,11 +74,22 @@ def build_prompt(tokenizer: Tokenizer, length: int, half: bool) -> list[int]:
     return first[:shared] + other[: length - shared]
 
 
-def wait_until_ready(leader: Any) -> None:
-    """Wait until the store has seen the bucket's index."""
-    deadline = time.monotonic() + READY_SECONDS
-    while not leader.stats().get("s3_ready", 1) and time.monotonic() < deadline:
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, but not for ever: what is missing then shows in the result."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def is_ready(values: dict[str, Any]) -> bool:
+    """Say whether the store has seen the bucket's index; a real engine's start takes longer than that."""
+    return bool(values.get("store_s3_ready"))
+
+
+def is_stored(values: dict[str, Any]) -> bool:
+    """Say whether everything saved so far has reached disk and bucket."""
+    waiting = ("filling_slots", "encoding_blocks", "queued_bytes", "s3_pending_bytes")
+    return not any(values.get(f"store_{name}") for name in waiting)
 
 
 def stats(leader: Any) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class TieredStore:
         values["leases"] = len(self._leases)
         values["leases_expired"] = self._leases.expired
         values["filling_slots"] = len(self._filling)
-        values["encoding_blocks"] = self._writer.pending()
+        values["encoding_blocks"], values["queued_bytes"] = self._writer.pending()
         for tier in (self.memory, *self._tiers):
             values.update({f"{tier.name}_{name}": value for name, value in tier.stats().items()})
         return values

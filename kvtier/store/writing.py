@@ -42,7 +42,11 @@ class CommittedBlock:
 
 
 class _TierQueue:
-    """Encoded blocks on their way to one tier, and the thread that writes them."""
+    """Encoded blocks on their way to one tier, and the thread that writes them.
+
+    Attributes:
+        queued_bytes: Their bytes, those that are just being written included.
+    """
 
     def __init__(self, tier: Tier, counters: Counters) -> None:
         self._tier = tier
@@ -50,16 +54,16 @@ class _TierQueue:
         self._worker = Workers(f"write-{tier.name}", 1)
         self._changed = threading.Condition()
         self._blocks: deque[StoredBlock] = deque()
-        self._queued_bytes = 0
+        self.queued_bytes = 0
         self._writing = False
 
     def offer(self, block: StoredBlock) -> None:
         size = len(block.payload)
         with self._changed:
-            if self._queued_bytes + size > MAX_QUEUED_BYTES:
+            if self.queued_bytes + size > MAX_QUEUED_BYTES:
                 self._counters.add(f"{self._tier.name}_dropped_blocks")
                 return
-            self._queued_bytes += size
+            self.queued_bytes += size
             self._blocks.append(block)
             if self._writing:
                 return
@@ -88,7 +92,7 @@ class _TierQueue:
                 self._counters.add(f"{self._tier.name}_write_defects")
                 log_once(_log, self._tier.name, "writing to %s failed: %r", self._tier.name, error)
             with self._changed:
-                self._queued_bytes -= sum(len(block.payload) for block in batch)
+                self.queued_bytes -= sum(len(block.payload) for block in batch)
 
 
 class WriteThrough:
@@ -150,10 +154,10 @@ class WriteThrough:
         for queue in self._queues:
             queue.close(share)
 
-    def pending(self) -> int:
-        """Return how many blocks wait for their encoder."""
+    def pending(self) -> tuple[int, int]:
+        """Return how many blocks wait for their encoder, and how many encoded bytes for their tier."""
         with self._changed:
-            return self._pinned
+            return self._pinned, sum(queue.queued_bytes for queue in self._queues)
 
     def _encode(self, block: CommittedBlock) -> None:
         try:
