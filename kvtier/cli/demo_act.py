@@ -26,12 +26,12 @@ def main() -> None:
     model = load_model(model_dir())
     prompt = build_prompt(Tokenizer(model_dir()), order["tokens"], order["half"])
     blocks = 2 * (len(prompt) + order["new_tokens"]) // 32 + 8
-    connector = (
-        {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
-        if order["cached"]
-        else {}
+    leader_class, worker_class = (
+        (KvTierConnectorLeader, KvTierConnectorWorker) if order["cached"] else (None, None)
     )
-    engine = Engine(model, EngineConfig(num_blocks=blocks), **connector)
+    engine = Engine(
+        model, EngineConfig(num_blocks=blocks), leader_class=leader_class, worker_class=worker_class
+    )
     leader = engine.connector.leader if engine.connector else None
     # The first forward of a process pays for threads and caches; a server warms up before it serves.
     engine.submit(Request(list(range(1, 20)), max_new_tokens=2))
