@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-import os
 import select
 import socket
 import threading
@@ -13,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -22,9 +19,8 @@ import zmq
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.agent import wire
-from kvtier.agent.door import check_peer, receive_frame
+from kvtier.agent.connection import Connection, Wait, attach
 from kvtier.agent.mapping import Mappings
-from kvtier.agent.place import check_directory
 from kvtier.errors import KvTierError
 
 _log = logging.getLogger(__name__)
@@ -37,9 +33,6 @@ FIRST_LAUNCH_SECONDS = 2.0
 LAST_LAUNCH_SECONDS = 60.0
 """Pauses between starts of agents: they double while agents keep dying."""
 
-ATTACH_SECONDS = 60.0
-"""An agent that opens a store for the first time may have to read an index first."""
-
 _WATCH_SECONDS = 1.0
 _PROBE_SECONDS = 0.1
 
@@ -51,17 +44,6 @@ class State(Enum):
     UP = "up"
     SUSPECT = "suspect"
     CLOSED = "closed"
-
-
-@dataclass(eq=False, slots=True)
-class _Connection:
-    """One attachment. It ends when the agent's process does, or when the client closes."""
-
-    session: int
-    epoch: int
-    door: socket.socket
-    desk: zmq.Socket[bytes]
-    poller: zmq.Poller
 
 
 class Link:
@@ -96,9 +78,9 @@ class Link:
         self._mappings = mappings
         self._counters = counters
         self._launch = launch
-        self._context = zmq.Context(io_threads=1)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._lock = threading.Lock()
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._state = State.DOWN
         self._changed = threading.Condition()
         self._posts: deque[tuple[int, wire.AnyRequest]] = deque()
@@ -171,8 +153,9 @@ class Link:
         with self._lock:
             connection, self._connection = self._connection, None
             if connection is not None:
-                _discard(connection)
+                connection.close()
             if self._dialled is not None:
+                # Ends the attempt that is under way; there may be no connection to end yet.
                 with suppress(OSError):
                     self._dialled.shutdown(socket.SHUT_RDWR)
         self._ring()
@@ -183,48 +166,33 @@ class Link:
             self._bell.close()
 
     def _exchange(
-        self, connection: _Connection, request: wire.AnyRequest, deadline: float
+        self, connection: Connection, request: wire.AnyRequest, deadline: float
     ) -> wire.AnyReply | None:
         """Send, and receive until the reply comes; the lock is held."""
-        request.session, request.id = connection.session, next(self._ids)
-        if not (self._send_posts(connection) and self._send(connection, request)):
-            self._suspect("takes no more messages")
-            return None
+        request.id = next(self._ids)
+        while not (self._send_posts(connection) and connection.send(request)):
+            if not self._wait(connection, deadline, to_send=True):
+                return None
         while True:
-            reply = self._receive(connection)
-            if reply is not None and reply.id == request.id:
+            reply = connection.receive()
+            if reply is None:
+                if not self._wait(connection, deadline):
+                    return None
+            elif reply.id == request.id:
                 return reply
-            if reply is not None:
+            else:
                 self._undo(connection, reply)
-                continue
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                self._suspect("did not answer in time")
-                return None
-            events = dict(connection.poller.poll(math.ceil(remaining * 1000)))
-            if connection.door.fileno() in events and connection.desk not in events:
-                self._lose(connection)
-                return None
 
-    def _send(self, connection: _Connection, request: wire.AnyRequest) -> bool:
-        try:
-            connection.desk.send(wire.encode(request), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
+    def _wait(self, connection: Connection, deadline: float, *, to_send: bool = False) -> bool:
+        """Wait for the agent; False when time is up or it is gone. The lock is held."""
+        ended = connection.wait(deadline, to_send=to_send)
+        if ended is Wait.GONE:
+            self._lose(connection)
+        elif ended is Wait.LATE:
+            self._suspect()
+        return ended is Wait.READY
 
-    def _receive(self, connection: _Connection) -> wire.AnyReply | None:
-        """Return the next reply that is here already, if any; the lock is held."""
-        while True:
-            try:
-                return wire.decode_reply(connection.desk.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return None
-            except wire.WireError as error:
-                self._counters.add("client_bad_replies")
-                log_once(_log, "reply", "a reply of the agent was dropped: %s", error)
-
-    def _undo(self, connection: _Connection, reply: wire.AnyReply) -> None:
+    def _undo(self, connection: Connection, reply: wire.AnyReply) -> None:
         """Give back what a reply grants that nobody waits for any more; the lock is held."""
         if isinstance(reply, wire.Matched) and reply.lease:
             self._posts.append((connection.epoch, wire.Release(0, 0, reply.lease, -1)))
@@ -246,32 +214,31 @@ class Link:
             finally:
                 self._lock.release()
 
-    def _send_posts(self, connection: _Connection) -> bool:
+    def _send_posts(self, connection: Connection) -> bool:
         """Send what is queued; False when the socket takes no more. The lock is held."""
         while self._posts:
             epoch, request = self._posts.popleft()
             if epoch != connection.epoch:
                 continue
-            request.session = connection.session
-            if not self._send(connection, request):
+            if not connection.send(request):
                 self._posts.appendleft((epoch, request))
                 return False
         return True
 
-    def _suspect(self, what: str) -> None:
+    def _suspect(self) -> None:
         self._counters.add("client_timeouts")
-        log_once(_log, "suspect", "the agent %s: everything is a miss until it answers again", what)
+        log_once(_log, "suspect", "the agent did not answer in time: everything is a miss until it does")
         self._ping = 0
         self._set_state(State.SUSPECT)
         self._ring()
 
-    def _lose(self, connection: _Connection) -> None:
+    def _lose(self, connection: Connection) -> None:
         """Note that the agent's process has ended; the lock is held."""
         self._counters.add("client_disconnects")
         log_once(_log, "lost", "the agent is gone: everything is a miss until there is one again")
         self._connection = None
         self._posts.clear()
-        _discard(connection)
+        connection.close()
         self._set_state(State.DOWN)
         self._ring()
 
@@ -315,7 +282,7 @@ class Link:
         with self._lock:
             if self._connection is not connection:
                 return
-            while (reply := self._receive(connection)) is not None:
+            while (reply := connection.receive()) is not None:
                 self._undo(connection, reply)
             if ended:
                 self._lose(connection)
@@ -328,17 +295,17 @@ class Link:
             if connection is None:
                 return
             if not self._ping:
-                ping = wire.Ping(connection.session, next(self._ids))
-                if self._send_posts(connection) and self._send(connection, ping):
+                ping = wire.Ping(0, next(self._ids))
+                if self._send_posts(connection) and connection.send(ping):
                     self._ping = ping.id
-            events = dict(connection.poller.poll(int(_PROBE_SECONDS * 1000)))
-            while (reply := self._receive(connection)) is not None:
+            ended = connection.wait(time.monotonic() + _PROBE_SECONDS)
+            while (reply := connection.receive()) is not None:
                 if reply.id == self._ping:
                     _log.warning("the agent answers again")
                     self._set_state(State.UP)
                 else:
                     self._undo(connection, reply)
-            if connection.door.fileno() in events:
+            if ended is Wait.GONE:
                 self._lose(connection)
         self._send_on()
 
@@ -346,7 +313,7 @@ class Link:
         """Wait for a ring of the bell, or (True) the end of a connection, or some seconds."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        if door is not None:
+        if door is not None and door.fileno() >= 0:
             poll.register(door, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(seconds * 1000)]
         with suppress(BlockingIOError):
@@ -356,8 +323,10 @@ class Link:
 
     def _attach(self) -> bool:
         """Try once to attach to the agent, or have one started."""
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._dialled = door
         try:
-            connection = self._connect()
+            connection = attach(self._directory, self._hello, self._mappings, self._context, door)
         except (FileNotFoundError, ConnectionRefusedError):
             self._start_agent()
             return False
@@ -373,9 +342,12 @@ class Link:
         except (wire.WireError, KvTierError, OSError, ValueError) as error:
             log_once(_log, "attach", "cannot attach to the agent in %s: %s", self._directory, error)
             return False
+        finally:
+            with self._lock:
+                self._dialled = None
         with self._lock:
             if self._state is State.CLOSED:
-                _discard(connection)
+                connection.close()
                 return True
             self._connection = connection
             self._counters.add("client_connects")
@@ -395,65 +367,3 @@ class Link:
         except (KvTierError, OSError) as error:
             self._next_launch = now + LAST_LAUNCH_SECONDS
             log_once(_log, "launch", "no agent can be started, everything is a miss: %s", error)
-
-    def _connect(self) -> _Connection:
-        check_directory(self._directory)
-        door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._dialled = door
-        try:
-            door.settimeout(ATTACH_SECONDS)
-            door.connect(str(self._directory / wire.DOOR))
-            check_peer(door)
-            door.sendall(wire.frame(self._hello))
-            answer = self._enter(door)
-            return self._open_desk(door, answer)
-        except BaseException:
-            door.close()
-            raise
-        finally:
-            with self._lock:
-                self._dialled = None
-
-    def _enter(self, door: socket.socket) -> wire.Attached:
-        """Receive the answer and map the arena that comes with it."""
-        header, fds, _, _ = socket.recv_fds(door, wire.FRAME_HEADER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-        try:
-            payload = receive_frame(door, header)
-            answer = wire.decode_answer(payload)
-            if isinstance(answer, wire.Refused):
-                raise wire.WireError(f"it refuses: {answer.reason}")
-            if not fds:
-                raise wire.WireError("it sent no arena")
-            fd = fds.pop()
-        finally:
-            for left in fds:
-                os.close(left)
-        self._mappings.enter(answer.epoch, answer.arena, fd, answer.arena_bytes)
-        return answer
-
-    def _open_desk(self, door: socket.socket, answer: wire.Attached) -> _Connection:
-        desk: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        try:
-            desk.setsockopt(zmq.LINGER, 0)
-            desk.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-            # What is queued for an agent that died must not reach the next one.
-            desk.setsockopt(zmq.RECONNECT_IVL, -1)
-            desk.connect(f"ipc://{self._directory / wire.DESK}")
-            poller = zmq.Poller()
-            poller.register(desk, zmq.POLLIN)
-            poller.register(door.fileno(), zmq.POLLIN)
-            connection = _Connection(answer.session, answer.epoch, door, desk, poller)
-            ready = wire.Ready(answer.session, next(self._ids))
-            self._send(connection, ready)
-            if desk not in dict(poller.poll(int(ATTACH_SECONDS * 1000))):
-                raise TimeoutError("it let this client in and then said nothing")
-            self._receive(connection)
-            return connection
-        except BaseException:
-            desk.close()
-            raise
-
-
-def _discard(connection: _Connection) -> None:
-    connection.door.close()
-    connection.desk.close()
