@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from os import PathLike, fspath
+from numbers import Integral
+from pathlib import PurePath
 from typing import Any
 
 
@@ -19,15 +20,15 @@ def dig(source: object, *names: str) -> Any:
 
 def as_int(value: object) -> int | None:
     """Return `value` if it is an integer (a bool is none)."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def as_text(value: object) -> str | None:
     """Return a string, a path or an enumeration's name as text, None for everything else and for ''."""
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, PathLike):
-        value = fspath(value)
+    if isinstance(value, PurePath):
+        return str(value)
     return value if isinstance(value, str) and value else None
 
 

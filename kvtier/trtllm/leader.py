@@ -13,7 +13,7 @@ from kvtier.trtllm.fields import as_int
 from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.interface import KvCacheConnectorScheduler
 from kvtier.trtllm.meta import ConnectorMeta, Load, Pages, Save
-from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported
+from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported, token_array
 from kvtier.trtllm.runtime import LEADER, Ready, Runtime, join
 from kvtier.trtllm.table import RequestTable
 
@@ -58,11 +58,14 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         """
         ready = self._runtime.ready
         if ready is None:
+            # Its store does not open, or its workers live in other processes.
+            self._counters.add("lookups_not_ready")
+            log_once(_log, "not-ready", "not all ranks of the engine share a store: nothing is cached")
             return 0, False
         self._counters.add("lookups")
         state = self._meet(request, ready)
         self._drop_promise(state, ready)
-        tokens = list(request.get_tokens(0))
+        tokens = token_array(request.get_tokens(0))
         state.see_tokens(tokens)
         size = state.tokens_per_block
         if state.identity is None or num_computed_tokens % size:
@@ -101,8 +104,15 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             BrokenPromise: A promised block cannot be loaded.
         """
         ready = self._runtime.ready
-        scheduled = self._advance(scheduler_output)
-        loads = tuple([self._keep_promise(state, ready) for state, _ in scheduled if state.promise])
+        try:
+            scheduled = self._advance(scheduler_output)
+            loads = tuple([self._keep_promise(state, ready) for state, _ in scheduled if state.promise])
+        except Exception as error:
+            if isinstance(error, BrokenPromise) or self._requests.promised():
+                raise BrokenPromise(f"promised blocks cannot be loaded: {error}") from error
+            self._counters.add("errors_build_connector_meta")
+            log_once(_log, "build", "the engine's batch cannot be read, nothing of it is cached: %r", error)
+            return self._nothing
         saves = self._saves(scheduled, ready) if ready else ()
         self._sweep(ready)
         return ConnectorMeta(self._session, loads, saves) if loads or saves else self._nothing
@@ -176,13 +186,11 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
                 try:
                     valid = state.advance(data, is_new=name == "new_requests")
                 except Exception as error:
+                    if state.promise:
+                        raise
                     self._counters.add("errors_advance")
                     log_once(_log, "advance", "a request cannot be followed, it is not cached: %r", error)
                     self._requests.pop(data.request_id)
-                    if state.promise:
-                        raise BrokenPromise(
-                            f"a request with promised blocks cannot be read: {error!r}"
-                        ) from error
                     continue
                 scheduled.append((state, valid))
         return scheduled
@@ -198,22 +206,22 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             BrokenPromise: The lease has run out and the blocks are gone, or the engine counts on blocks
                 without telling their pages.
         """
-        promise, state.promise = state.promise, None
+        promise = state.promise
         if promise is None or ready is None:
-            raise BrokenPromise("blocks were promised, and their store is closed")
+            raise BrokenPromise("their store is closed")
         blocks = range(promise.first, promise.first + len(promise.slots))
         if not ready.store.renew(promise.lease):
             promise = self._promise_again(state, promise, ready)
-        state.request = None
         orders: list[tuple[int, Pages]] = []
         for block, slot in zip(blocks, promise.slots, strict=True):
             pages = state.pages_of(block, ready.groups)
             if pages is None:
                 if block * state.tokens_per_block < state.computed:
-                    raise BrokenPromise(f"block {block} was promised, and the engine tells no page for it")
+                    raise BrokenPromise(f"the engine counts on block {block} and tells no page for it")
                 break
             orders.append((slot, pages))
         self._counters.add("loaded_tokens", len(orders) * state.tokens_per_block)
+        state.promise = state.request = None
         return Load(promise.lease, tuple(orders))
 
     def _promise_again(self, state: RequestState, promise: Promise, ready: Ready) -> Promise:
@@ -221,9 +229,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         last = promise.first + len(promise.slots)
         match = ready.store.match(state.hash_through(last)[promise.first : last])
         if len(match.slots) < len(promise.slots):
-            raise BrokenPromise(
-                "promised blocks lost their lease before the engine came for them, and are gone"
-            )
+            raise BrokenPromise("they lost their lease before the engine came for them, and are gone")
         return Promise(match.lease, promise.first, match.slots)
 
     @shielded(_no_saves)
@@ -280,8 +286,8 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         if state is None or ready is None:
             return False
         self._drop_promise(state, ready)
-        tokens = list(request.get_tokens(0))
-        if state.identity is None or tokens[: len(state.tokens)] != state.tokens:
+        tokens = token_array(request.get_tokens(0))
+        if state.identity is None or not state.continues_in(tokens):
             return False
         state.tokens, state.pages = tokens, pages
         # These pages are told now, with -1 where there is none any more.

@@ -178,8 +178,8 @@ def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> None:
         raise LayoutError(f"the KV pool has {kv_factor} parts per layer; supported: 2 (K and V) or 1 (MLA)")
     if engine.attention_layers not in (None, layers) and engine.plain_ranks:
         raise LayoutError(
-            f"the KV pool holds {layers} layers, the model has {engine.attention_layers} with attention: layers"
-            " of different shape (variable GQA) lie in pools that a connector is not given"
+            f"the KV pool holds {layers} layers, the model has {engine.attention_layers} with attention:"
+            " layers of different shape (variable GQA) lie in pools that a connector is not given"
         )
     if row % engine.tokens_per_block:
         raise LayoutError(

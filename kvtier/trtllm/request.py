@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,11 @@ def _multimodal_items(request: object) -> tuple[MultimodalItem, ...] | None:
     )
 
 
+def token_array(tokens: Iterable[int]) -> array[int]:
+    """Return token ids as they are kept: four bytes each, since cancelled prompts stay for a while."""
+    return array("i", tokens)
+
+
 @dataclass(slots=True)
 class Promise:
     """Blocks that the engine was told it can load.
@@ -126,7 +132,7 @@ class RequestState:
     identity: Identity | None
     root: bytes
     tokens_per_block: int
-    tokens: list[int] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("i"))
     hashes: list[bytes] = field(default_factory=list)
     pages: list[list[int]] = field(default_factory=list)
     prompt: int | None = None
@@ -144,12 +150,16 @@ class RequestState:
         salt, lora = (identity.salt, identity.lora) if identity else (None, None)
         return cls(identity, chain_root(namespace, salt, lora), tokens_per_block)
 
-    def see_tokens(self, tokens: list[int]) -> None:
-        """Take a request's whole list of tokens; hashes survive as far as the tokens are the same."""
-        if tokens[: len(self.tokens)] != self.tokens:
+    def see_tokens(self, tokens: array[int]) -> None:
+        """Take a request's whole list of tokens; hashes survive if it continues what was known."""
+        if not self.continues_in(tokens):
             self.hashes.clear()
             self.handled = 0
         self.tokens = tokens
+
+    def continues_in(self, tokens: array[int]) -> bool:
+        """Say whether `tokens` begin with all that were known."""
+        return tokens[: len(self.tokens)] == self.tokens
 
     def see_allocation(self, pages: list[list[int]]) -> None:
         """Take the pages of a new allocation, one list for each layer group."""
@@ -185,11 +195,11 @@ class RequestState:
             tells less than is needed, and then the next pass makes up for it.
         """
         if is_new:
-            self.see_tokens(list(data.new_tokens))
+            self.see_tokens(token_array(data.new_tokens))
             self.prompt = len(self.tokens)
             self._reported = []
         else:
-            self.tokens += data.new_tokens
+            self.tokens.extend(data.new_tokens)
         grouped = self._take_pages(data, is_new)
         if self.identity and salt_of(data) not in (None, self.identity.salt):
             self.identity = None

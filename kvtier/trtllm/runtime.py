@@ -100,8 +100,6 @@ class Runtime:
                 self._pools.clear()
             self._pools[rank] = pool
         self.complete()
-        if rank == 0 and self.ready is None and (self.engine.ranks > 1 or not self.engine.plain_ranks):
-            log_once(_log, "ranks", "this process does not have all ranks of the engine: nothing is cached")
 
     def complete(self) -> None:
         """Open the store once the leader and all ranks' pools are here.

@@ -11,7 +11,7 @@ from kvtier.trtllm.request import RequestState
 SILENCE_SECONDS = 600.0
 """Cancelled and failed requests are never announced: after this long without a sign of life one is gone."""
 
-MAX_REQUESTS = 16384
+MAX_REQUESTS = 4096
 """Bound on what is remembered; beyond it the longest silent go first."""
 
 
@@ -42,6 +42,10 @@ class RequestTable:
     def pop(self, request_id: int) -> RequestState | None:
         """Forget a request and return its state."""
         return self._states.pop(request_id, None)
+
+    def promised(self) -> bool:
+        """Say whether any request has a promise open."""
+        return any(state.promise for state in self._states.values())
 
     def pop_silent(self) -> Iterator[RequestState]:
         """Forget, one by one, the requests that have been silent for too long or are too many."""

@@ -1,0 +1,202 @@
+"""Which models and engines share KV, and which do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from kvtier.layout import BlockLayout
+from kvtier.trtllm import weights
+from kvtier.trtllm.identity import EngineFacts
+from kvtier.trtllm.weights import model_config, model_facts
+from tests.trtllm_support import llm_args
+
+LAYOUT = BlockLayout("bfloat16", 32, 2, 2, 1024)
+POOL = {"kind": "flat"}
+
+
+def make_model(directory: Path, weight: bytes = b"w" * 1000, **config: object) -> str:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "hidden_size": 8, **config}))
+    (directory / "model.safetensors").write_bytes(weight)
+    return str(directory)
+
+
+def namespace(layout: BlockLayout = LAYOUT, pool=POOL, **changes: object) -> bytes:
+    return EngineFacts.read(llm_args(**changes)).namespace(layout, pool).id
+
+
+def test_the_same_model_in_two_places_is_the_same(tmp_path):
+    first, second = make_model(tmp_path / "a"), make_model(tmp_path / "b")
+    assert namespace(model=first) == namespace(model=second) == namespace(model=Path(second))
+
+
+def test_what_a_save_changes_without_meaning_does_not_matter(tmp_path):
+    first = make_model(tmp_path / "a", transformers_version="4.1", _name_or_path="x")
+    second = make_model(tmp_path / "b", transformers_version="4.2", _name_or_path="y")
+    assert namespace(model=first) == namespace(model=second)
+
+
+@pytest.mark.parametrize("change", ["config", "weight", "size", "index", "quantization", "another file"])
+def test_a_model_that_differs_anywhere_is_another(tmp_path, change):
+    first, second = make_model(tmp_path / "a"), make_model(tmp_path / "b")
+    other = tmp_path / "b"
+    if change == "config":
+        make_model(other, rope_theta=5.0)
+    elif change == "weight":
+        make_model(other, b"w" * 999 + b"x")
+    elif change == "size":
+        make_model(other, b"w" * 1001)
+    elif change == "index":
+        (other / "model.safetensors.index.json").write_text("{}")
+    elif change == "quantization":
+        (other / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    else:
+        (other / "more.bin").write_bytes(b"1")
+    assert namespace(model=first) != namespace(model=second)
+
+
+@pytest.mark.parametrize("place", ["head", "middle", "tail"])
+def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(weights, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(weights, "HEAD_BYTES", 500)
+    monkeypatch.setattr(weights, "SAMPLE_BYTES", 50)
+    size = 100_000
+    first = make_model(tmp_path / "a", bytes(size))
+    # A fine-tune: the same header and size, other values in a stretch as long as a tensor.
+    start = {"head": 400, "middle": 40_000, "tail": size - 60}[place]
+    changed = bytearray(size)
+    changed[start : start + 2000] = b"x" * len(changed[start : start + 2000])
+    second = make_model(tmp_path / "b", bytes(changed))
+    assert model_facts(first, None) != model_facts(second, None)
+    assert model_facts(first, None) == model_facts(shutil.copytree(first, tmp_path / "c").as_posix(), None)
+
+
+def test_weights_changed_in_place_are_noticed(tmp_path):
+    model = make_model(tmp_path / "a")
+    before = namespace(model=model)
+    make_model(tmp_path / "a", b"v" * 1000)
+    assert namespace(model=model) != before
+
+
+def test_a_single_weight_file_is_a_model(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    facts = model_facts(str(file), None)
+    assert facts["weights"]["model.gguf"]["bytes"] == 104
+    file.write_bytes(b"GGUF" + bytes(99) + b"1")
+    assert model_facts(str(file), None) != facts
+
+
+def test_a_hub_name_is_identified_by_its_local_snapshot(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    stored = tmp_path / "models--org--name"
+    make_model(stored / "snapshots" / "abc123", num_hidden_layers=7)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("abc123")
+    facts = model_facts("org/name", None)
+    assert facts["revision"] == "abc123"
+    assert facts == model_facts("org/name", "abc123")
+    assert model_config("org/name", None)["num_hidden_layers"] == 7
+    assert "weights" not in model_facts("org/name", "other")
+
+
+def test_names_without_files_are_told_apart_by_name_and_revision(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert len({namespace(model=m, revision=r) for m in ("a/b", "a/c") for r in (None, "1", "2")}) == 6
+
+
+def test_a_directory_without_weights_is_told_apart_by_its_path(tmp_path):
+    for name in ("a", "b"):
+        make_model(tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+    assert namespace(model=str(tmp_path / "a")) != namespace(model=str(tmp_path / "b"))
+
+
+def test_without_a_model_the_kv_is_private_to_the_process(monkeypatch):
+    here = namespace(model=None)
+    assert here == namespace(model=None) == namespace(model=MagicMock())
+    monkeypatch.setattr(weights, "_PRIVATE", "another process")
+    assert namespace(model=None) != here
+
+
+def test_unreadable_files_make_the_kv_private(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text("{broken")
+    assert "private" in model_facts(model, None)
+    assert model_config(model, None) == {}
+
+
+class QuantAlgo(str, Enum):
+    FP8 = "FP8"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16"},
+        {"attn_backend": "FLASHINFER"},
+        {"tensor_parallel_size": 2},
+        {"model_kwargs": {"rope_theta": 1}},
+        {"quant_config": SimpleNamespace(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo=None)},
+        {"quant_config": SimpleNamespace(quant_algo=None, kv_cache_quant_algo=QuantAlgo.FP8)},
+        {"kv_cache_config__dtype": "fp8"},
+        {"layout": BlockLayout("float16", 32, 2, 2, 1024)},
+        {"layout": BlockLayout("bfloat16", 64, 2, 2, 1024)},
+        {"layout": BlockLayout("bfloat16", 32, 1, 2, 2048)},
+        {"pool": {"kind": "groups"}},
+    ],
+)
+def test_an_engine_that_writes_other_bytes_has_its_own_namespace(changes):
+    assert namespace(**changes) != namespace()
+
+
+def test_saying_the_dtype_that_auto_means_changes_nothing():
+    assert namespace(kv_cache_config__dtype="bfloat16") == namespace(kv_cache_config__dtype="torch.bfloat16")
+    assert (
+        namespace(kv_cache_config__dtype="bfloat16")
+        == namespace(kv_cache_config__dtype="auto")
+        == namespace()
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [MagicMock(), SimpleNamespace(), None, SimpleNamespace(kv_cache_config=None)]
+)
+def test_arguments_of_any_shape_are_read_as_far_as_they_make_sense(arguments):
+    facts = EngineFacts.read(arguments)
+    assert (facts.tokens_per_block, facts.ranks, facts.kv_dtype, facts.host_cache_bytes) == (32, 1, None, 0)
+    assert facts.plain_ranks
+    assert facts.attention_layers is None
+    facts.refuse_unsupported()
+
+
+def test_ranks_are_the_most_that_anything_tells():
+    assert EngineFacts.read(llm_args(parallel_config=SimpleNamespace(world_size=4))).ranks == 4
+    assert not EngineFacts.read(llm_args(pipeline_parallel_size=2)).plain_ranks
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({}, 2),
+        ({"text_config": {"num_hidden_layers": 5}}, 5),
+        ({"layer_types": ["full_attention", "linear_attention", "sliding_attention"]}, 2),
+        ({"hybrid_override_pattern": "M*M"}, None),
+    ],
+)
+def test_attention_layers_are_counted_where_they_are_known(tmp_path, config, layers):
+    facts = EngineFacts.read(llm_args(model=make_model(tmp_path / "a", **config)))
+    assert facts.attention_layers == layers
+
+
+def test_the_checkpoint_says_what_auto_means_for_the_kv_cache(tmp_path):
+    model = make_model(tmp_path / "a")
+    (tmp_path / "a" / "hf_quant_config.json").write_text('{"quantization": {"kv_cache_quant_algo": "FP8"}}')
+    assert EngineFacts.read(llm_args(model=model)).kv_dtype == "float8_e4m3fn"
