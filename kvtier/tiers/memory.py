@@ -276,6 +276,11 @@ class MemoryTier:
             for slot in free:
                 self._release(slot)
 
+    @property
+    def leaving(self) -> int:
+        """How many slots are still to leave."""
+        return len(self._leaving) + len(self._left)
+
     def take_left(self) -> list[int]:
         """Return the slots that left since the last call: nobody reads or writes them through this tier."""
         with self._lock:
