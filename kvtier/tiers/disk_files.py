@@ -85,7 +85,7 @@ class BlockFiles(Disk):  # type: ignore[misc]
             Size on the file system in bytes, mode, file name, and the exact length for the value column.
 
         Raises:
-            OSError: The file could not be written; nothing of it is left.
+            OSError: The file could not be written; what there is of it is for the caller to remove.
         """
         block_hash = key[HASH_BYTES:].hex()
         value.file_name = f"{block_hash[:2]}/{block_hash}-{os.urandom(6).hex()}.val"
@@ -99,10 +99,6 @@ class BlockFiles(Disk):  # type: ignore[misc]
             rest = value.payload
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            raise
         finally:
             os.close(descriptor)
         length = value.payload.nbytes

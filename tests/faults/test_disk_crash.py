@@ -205,7 +205,15 @@ class TestDamagedDatabase:
             assert read(tier, wanted) == list(range(40))
             assert eventually(lambda: not list(tmp_path.glob("*damaged*")))
 
-    # SQLite takes a log that appears beside an open database for its own; only `maintain` sees it.
+    def test_a_log_that_appears_beside_an_open_database(self, tmp_path: Path, source: random.Random) -> None:
+        wanted = blocks(range(40))
+        with closing(open_tier(tmp_path, TIGHT)) as tier:
+            tier.write(wanted)
+            DAMAGES["log garbage"](tmp_path / "000" / "cache.db", source)
+            assert eventually(lambda: tier.stats()["shards_reset"] > 0)
+            self.check_recovery(tier, wanted)
+
+    # A connection that a new thread opens beside such a log waits a minute, so that is a test of its own.
     @pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage != "log garbage"])
     def test_while_it_is_open(self, tmp_path: Path, source: random.Random, damage: str) -> None:
         wanted = blocks(range(40))
@@ -215,6 +223,14 @@ class TestDamagedDatabase:
             DAMAGES[damage](tmp_path / "000" / "cache.db", source)
             self.check_recovery(tier, wanted)
             assert eventually(lambda: not list(tmp_path.glob("*damaged*")))
+
+    def test_files_without_their_database_are_removed(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, TIGHT)) as tier:
+            tier.write(blocks(range(40)))
+            (tmp_path / "000" / "cache.db").unlink()
+            assert eventually(lambda: tier.stats()["shards_reset"] > 0)
+            assert eventually(lambda: not list(tmp_path.rglob("*.val")))
+            assert tier.write(blocks(range(40))) == 40
 
     def check_recovery(self, tier: DiskTier, wanted: list[StoredBlock]) -> None:
         """Whatever happened: no exception, no wrong byte, and after a while everything is held again."""

@@ -9,10 +9,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from diskcache import Cache
 
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
@@ -93,18 +94,27 @@ class TestSizes:
             assert tier.stats()["oversized"] == 1
         assert len(files(tmp_path)) == 1
 
-    def test_files_stay_within_the_bound(self, tmp_path: Path) -> None:
-        """What lies on the disk counts, blocks of the file system included, at every step."""
+    def test_files_stay_within_the_bound(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What lies on the disk counts, blocks of the file system included, also just before it evicts."""
+
+        def used() -> int:
+            total = 0
+            for path in [*files(tmp_path), *tmp_path.glob("0*/cache.db*")]:
+                with suppress(FileNotFoundError):
+                    total += path.stat().st_blocks * 512
+            return total
+
+        before_evicting: list[int] = []
+        cull = Cache.cull
+        monkeypatch.setattr(Cache, "cull", lambda cache: (before_evicting.append(used()), cull(cache))[1])
         with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
             for start in range(0, 400, 8):
                 tier.write(
                     [block(number, 1 + 97 * number % MAX_PAYLOAD_BYTES) for number in range(start, start + 8)]
                 )
-                databases = [*tmp_path.glob("0*/cache.db*")]
-                used = sum(path.stat().st_blocks * 512 for path in [*files(tmp_path), *databases])
-                assert used <= ONE_SHARD
+                assert used() <= ONE_SHARD
             assert tier.stats()["evictions"] > 100
-            assert used > ONE_SHARD // 2
+            assert ONE_SHARD // 2 < max(before_evicting) <= ONE_SHARD
 
     def test_a_smaller_bound_takes_effect(self, tmp_path: Path) -> None:
         with closing(open_tier(tmp_path, 5 << 20)) as tier:
@@ -336,11 +346,23 @@ class TestMisses:
                 assert read(tier, blocks(range(2))) == []
                 assert tier.write([block(9)]) == 0
                 assert tier.match([block(0).hash]) == 1, "the block is there, and will be read again"
-            assert tier.stats()["errors_busy"] == 3
+            assert tier.stats()["errors_busy"] >= 3
             assert tier.stats()["writable"] == 1
             assert tier.write([block(9)]) == 1
             assert read(tier, blocks(range(3))) == [0, 1, 2]
             assert len(files(tmp_path)) == 4, "a write that failed leaves no file"
+
+    def test_a_commit_that_failed_does_not_stop_later_ones(self, tmp_path: Path) -> None:
+        with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
+            tier.write(blocks(range(3)))
+            with closing(sqlite3.connect(tmp_path / "000" / "cache.db", isolation_level=None)) as other:
+                other.execute("BEGIN")
+                other.execute("SELECT * FROM Cache").fetchall()
+                assert tier.write([block(9)]) == 0
+                assert read(tier, blocks(range(3))) == [0, 1, 2]
+            assert tier.write([block(9)]) == 1
+            assert read(tier, [block(9)]) == [9]
+            assert len(files(tmp_path)) == len(rows(tmp_path)) == 4
 
 
 class TestTheRest:

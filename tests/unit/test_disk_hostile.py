@@ -19,7 +19,7 @@ from kvtier.errors import CorruptBlock, TierUnavailable
 from kvtier.hashing import Namespace
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.disk import DiskTier
-from kvtier.tiers.disk_files import BlockFiles
+from kvtier.tiers.disk_files import BlockFiles, IncomingBlock
 from kvtier.tiers.disk_health import cause_of
 
 MODEL = Namespace.from_facts({"model": "a"})
@@ -102,15 +102,22 @@ class TestRows:
             assert read(tier) == len(BLOCKS) - 4
         assert not (tmp_path / "exploded").exists()
 
+    def test_absurd_rows_are_not_even_fetched(self, place: Path, database: sqlite3.Connection) -> None:
+        database.execute("UPDATE Cache SET value = zeroblob(10000000) WHERE rowid = 1")
+        database.execute("UPDATE Cache SET filename = ? WHERE rowid = 2", ("0" * 10_000_000,))
+        with closing(open_tier(place)) as tier:
+            assert tier.stats()["blocks"] == len(BLOCKS) - 2
+            assert read(tier) == len(BLOCKS) - 2
+
     @pytest.mark.parametrize(
         "name",
         [
-            "../../../secret",
+            "../../secret",
             "{secret}",
             "cache.db",
             "",
             "00",
-            "00/../../../secret",
+            "01/../../../secret",
             "00/{hash}-0123456789ab.val\n",
             7,
         ],
@@ -274,6 +281,16 @@ def test_fetch_refuses_what_store_did_not_make(mode: object, filename: object, v
     with pytest.raises(CorruptBlock):
         files.fetch(mode, filename, value, False)
     files.remove(filename)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = BlockFiles(str(tmp_path), max_payload_bytes=100)
+    _, mode, name, length = files.store(IncomingBlock(memoryview(b"x" * 50)), False, bytes(32))
+    assert files.fetch(mode, name, length, False) == b"x" * 50
+    real = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, count: real(descriptor, count - 1))
+    with pytest.raises(CorruptBlock, match="49 of 50"):
+        files.fetch(mode, name, length, False)
 
 
 def test_keys_are_raw_bytes_both_ways(tmp_path: Path) -> None:
