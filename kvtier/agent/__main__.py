@@ -18,12 +18,18 @@ def main() -> None:
         os._exit(0)
     # What follows is heavy; the engine waits for the process above only.
     import logging
+    import signal
+    from contextlib import suppress
 
     from kvtier.agent.process import LINGER_SECONDS, serve
     from kvtier.config import Config
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.chdir("/")
+    # An engine may be bound to a few cores, and its threads may block signals: not so the agent.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    with suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     try:
         serve(Config.model_validate_json(text), lock=lock, linger=LINGER_SECONDS)
     except Exception:

@@ -86,8 +86,9 @@ class Door:
     def _greet(self, connection: socket.socket) -> None:
         try:
             connection.settimeout(HELLO_SECONDS)
+            payload = receive_frame(connection)
             check_peer(connection)
-            attach = wire.decode_attach(receive_frame(connection))
+            attach = wire.decode_attach(payload)
             session = self._attach(connection, attach)
         except (wire.WireError, KvTierError, OSError) as error:
             self._counters.add("refused_clients")

@@ -18,6 +18,12 @@ from tests.agent_support import AgentThread, Place, eventually, namespace_of
 from tests.store_support import ROOT, chain, content, read, save
 
 
+@pytest.fixture(autouse=True)
+def told_anew(monkeypatch):
+    """Let each test see messages that are told once a minute."""
+    monkeypatch.setattr("kvtier._logging._last", {})
+
+
 @pytest.fixture
 def place():
     place = Place()

@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from kvtier.agent import client as client_module
-from kvtier.agent import door, http, wire
+from kvtier.agent import connection, door, http, wire
 from kvtier.agent.client import AgentClient, Deadlines
 from kvtier.agent.http import HealthServer
 from kvtier.agent.link import State
@@ -26,6 +26,12 @@ from tests.agent_support import AgentThread, Place, eventually, namespace_of
 from tests.store_support import LAYOUT, ROOT, DictTier, chain, content, read, save
 
 TWO_SHARDS = BlockLayout("bfloat16", tokens_per_block=4, layers=2, kv_factor=2, row_elements=64, shards=2)
+
+
+@pytest.fixture(autouse=True)
+def told_anew(monkeypatch):
+    """Let each test see messages that are told once a minute."""
+    monkeypatch.setattr("kvtier._logging._last", {})
 
 
 @pytest.fixture
@@ -415,11 +421,24 @@ class TestHostility:
         for caller in silent:
             caller.close()
 
-    def test_another_user_is_refused_by_both_sides(self, place, agent, monkeypatch, caplog):
-        monkeypatch.setattr(door.os, "geteuid", lambda: os.getuid() + 1)
-        ours, theirs = socket.socketpair()
-        with ours, theirs, pytest.raises(wire.WireError, match="runs as user"):
-            door.check_peer(ours)
+    def test_another_user_is_refused(self, place, agent, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1)
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(place.directory / wire.DOOR))
+            caller.sendall(wire.frame(hello))
+            caller.settimeout(30)
+            answer = wire.decode_answer(door.receive_frame(caller))
+        assert "runs as user" in answer.reason
+
+    def test_an_agent_of_another_user_is_not_trusted(self, place, monkeypatch, caplog):
+        with AgentThread(place):
+            monkeypatch.setattr(connection, "check_directory", lambda directory: None)
+            monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+            client = place.connect(wait=0)
+            eventually(lambda: "cannot attach" in caplog.text and "runs as user" in caplog.text)
+            assert not client.connected
+            client.close(1)
 
     def test_talk_on_the_door_after_the_handshake_is_ignored(self, place, agent):
         client = place.connect()
@@ -520,6 +539,36 @@ class TestHealth:
     def test_an_agent_that_ends_is_alive_and_not_ready(self, agent, get):
         agent.agent._stopping.set()
         assert get("/readyz")[0] == 503
+
+
+def test_many_clients_at_once(place):
+    failures = []
+
+    def engine(number: int) -> None:
+        try:
+            client = place.connect()
+            hashes = chain(1, seed=number % 8)
+            for _ in range(10):
+                save(client, hashes)
+                match = client.match(hashes)
+                if match.slots and read(client, match.slots) != [content(block) for block in hashes]:
+                    failures.append((number, "wrong bytes"))
+                client.release(match.lease)
+            client.close(5)
+        except Exception as error:
+            failures.append((number, error))
+
+    with AgentThread(place) as agent:
+        threads = [threading.Thread(target=engine, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        eventually(lambda: len(agent.agent.sessions) == 0)
+        stats = store_of(agent).stats()
+        assert (stats["leases"], stats["filling_slots"], stats["memory_pinned"]) == (0, 0, 0)
+        assert agent.agent.counters.snapshot() == {}
 
 
 def test_an_agent_that_an_engine_started_ends_after_the_last_client(place):
