@@ -70,7 +70,8 @@ class DiskTier:
 
         Args:
             path: The directory; nothing else may live in it.
-            size_bytes: Bound on files and databases together, all namespaces.
+            size_bytes: Bound on files and databases together, all namespaces. Files that are just being
+                evicted do not count.
             namespace: Whose blocks to find.
             max_payload_bytes: No larger payload is written or read.
             retry_seconds: How long a failure to write or to open keeps the next attempt off, and how often

@@ -108,10 +108,8 @@ class TestSizes:
         cull = Cache.cull
         monkeypatch.setattr(Cache, "cull", lambda cache: (before_evicting.append(used()), cull(cache))[1])
         with closing(open_tier(tmp_path, ONE_SHARD)) as tier:
-            for start in range(0, 400, 8):
-                tier.write(
-                    [block(number, 1 + 97 * number % MAX_PAYLOAD_BYTES) for number in range(start, start + 8)]
-                )
+            for number in range(400):
+                tier.write([block(number, 1 + 97 * number % MAX_PAYLOAD_BYTES)])
                 assert used() <= ONE_SHARD
             assert tier.stats()["evictions"] > 100
             assert ONE_SHARD // 2 < max(before_evicting) <= ONE_SHARD
