@@ -107,10 +107,15 @@ class FakeBucket:
         self._lock = threading.Lock()
 
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
+        self.get_parts(key, offset, len(into), iter([into]))
+
+    def get_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> None:
         data = self._object("get", key)
-        if offset + len(into) > len(data):
+        if offset + length > len(data):
             raise ObjectMissing(key)
-        into[:] = data[offset : offset + len(into)]
+        for part in parts:
+            part[:] = data[offset : offset + len(part)]
+            offset += len(part)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         data = self._object("get", key)

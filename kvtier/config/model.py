@@ -75,6 +75,7 @@ class S3Config(_Section):
         read_timeout: Seconds without a byte.
         index_refresh: Seconds between looks for index segments of other nodes.
         concurrency: Requests under way at once.
+        transport: Client that moves the data: "http" (kvtier's own) or "boto3".
     """
 
     bucket: Annotated[str, rules.BUCKET] = Field(description="Name of the bucket.")
@@ -102,6 +103,9 @@ class S3Config(_Section):
     )
     concurrency: Annotated[int, rules.CONCURRENCY] = Field(
         default=32, description="Requests under way at once."
+    )
+    transport: Annotated[str, rules.TRANSPORT] = Field(
+        default="http", description="Client that moves the data: kvtier's own (http), or boto3."
     )
 
     @model_validator(mode="after")

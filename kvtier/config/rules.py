@@ -27,6 +27,7 @@ from kvtier.config.units import (
 REFERENCE_PATTERN = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
 """`${NAME}` and `${NAME:-default}`, which stand for the value of an environment variable: groups 1 and 3."""
 
+TRANSPORTS = ("http", "boto3")
 AGENT_MODES = ("auto", "external", "inprocess")
 
 _MAX_SIZE = 2**60
@@ -204,6 +205,12 @@ def _check_flag(value: Any, from_file: bool) -> bool:
     return flag
 
 
+def _check_transport(value: Any, from_file: bool) -> str:
+    if value not in TRANSPORTS:
+        raise ValueError(f"is no client; allowed: {', '.join(TRANSPORTS)}")
+    return str(value)
+
+
 def _check_agent_mode(value: Any, from_file: bool) -> str:
     if value not in AGENT_MODES:
         raise ValueError(f"is no way to run the store; allowed: {', '.join(AGENT_MODES)}")
@@ -264,6 +271,7 @@ CONCURRENCY = Rule(
     _check_concurrency,
     {"type": ["integer", "string"], "minimum": 1, "maximum": 1024, "pattern": _or_reference("[0-9]{1,4}")},
 )
+TRANSPORT = Rule(_check_transport, _text_schema("|".join(TRANSPORTS)))
 AGENT_MODE = Rule(_check_agent_mode, _text_schema("|".join(AGENT_MODES)))
 SOCKET_DIRECTORY = Rule(_check_socket_directory, _text_schema("/.*"))
 ADDRESS = Rule(_check_address, _text_schema(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtier.errors import AccessDenied, CorruptBlock, TierError, TierUnavailable
+from kvtier.errors import AccessDenied, CorruptBlock, TierError, TierFull, TierUnavailable
 
 
 class ObjectMissing(TierError):
@@ -22,7 +22,20 @@ class BucketTimeout(TierUnavailable):
 
 
 class BucketThrottled(TierUnavailable):
-    """The bucket asks for fewer requests."""
+    """The bucket asks for fewer requests.
+
+    Attributes:
+        retry_after: Seconds that it asks to be left alone for; None if it does not say.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        """Say so."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ExpiredCredentials(AccessDenied):
+    """The credentials were right once; looked up anew, they may be right again."""
 
 
 class ConnectionLost(TierUnavailable):
@@ -34,11 +47,65 @@ _CAUSES: tuple[tuple[type[Exception], str], ...] = (
     (BucketThrottled, "throttled"),
     (ConnectionLost, "connection"),
     (TierUnavailable, "unavailable"),
+    (TierFull, "full"),
     (AccessDenied, "denied"),
     (ObjectMissing, "missing"),
     (BadReply, "bad_reply"),
     (CorruptBlock, "corrupt"),
 )
+
+
+SLOWEST_BYTES_PER_SECOND = 512 << 10
+"""A body that arrives or leaves more slowly is a time-out, though its connection never rests."""
+
+
+class Parts:
+    """Buffers that a body fills one after the other. Not thread-safe.
+
+    The iterator that gives them is asked for the next one when the one before is full, and once more at the
+    end: a generator may use each part there, while the rest of the body is still on its way.
+    """
+
+    def __init__(self, parts: Iterator[memoryview], length: int):
+        """Prepare to receive `length` bytes, which is what all parts together hold."""
+        self._parts = parts
+        self._part = memoryview(b"")
+        self._filled = 0
+        self.left = length
+        """Bytes that are still to come."""
+        self.done = 0
+        """Bytes that have come."""
+
+    def room(self) -> memoryview:
+        """Return where the next bytes belong; at least one byte long unless all have come."""
+        while self._filled == len(self._part) and self.left:
+            self._part, self._filled = next(self._parts), 0
+        return self._part[self._filled :]
+
+    def advance(self, count: int) -> None:
+        """Say that `count` bytes have been written to the front of `room()`."""
+        self._filled += count
+        self.left -= count
+        self.done += count
+        if self.left == 0:
+            # The generator comes to its end.
+            next(self._parts, None)
+
+
+def receive_resumed(receive: Callable[[], None], parts: Parts) -> None:
+    """Receive a body; if it breaks off, ask once for the rest.
+
+    Args:
+        receive: Asks for the bytes that are left, and receives them.
+        parts: Where to.
+    """
+    for last_try in (False, True):
+        try:
+            receive()
+            return
+        except ConnectionLost:
+            if last_try or not parts.left:
+                raise
 
 
 def cause_of(error: Exception) -> str:
@@ -64,6 +131,20 @@ class Bucket(Protocol):
         """Read `len(into)` bytes of an object from `offset` on straight into `into`.
 
         A body that breaks off is resumed once, with a request for the rest.
+
+        Raises:
+            ObjectMissing: No such object, or it is shorter.
+        """
+        ...
+
+    def get_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> None:
+        """Read `length` bytes as `get_range` does, into one buffer after the other.
+
+        Args:
+            key: The object.
+            offset: First byte.
+            length: Bytes of all parts together.
+            parts: Asked for the next buffer when the one before is full, and once more at the end.
 
         Raises:
             ObjectMissing: No such object, or it is shorter.

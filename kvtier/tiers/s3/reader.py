@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,43 +106,53 @@ class BlockReader:
                 self._deliver(deliver, block_hash, None)
         for plan, future in zip(plans, futures, strict=True):
             if not _has_run(future):
-                self._deliver_all(plan, deliver, None)
+                for location in plan.blocks:
+                    self._deliver(deliver, location.hash, None)
 
     def close(self) -> None:
         """Take no more requests; those under way run into their time-outs at worst."""
         self._pool.close()
 
     def _fetch(self, plan: RangePlan, deliver: Deliver) -> None:
-        self._deliver_all(plan, deliver, self._receive(plan))
+        """Deliver a range block by block as it arrives: what has come is decoded while the rest is coming."""
+        waiting = deque(plan.blocks)
+        if not self._health.breaker.is_open:
+            self._receive(plan, self._parts(plan, waiting, deliver))
+        for location in waiting:
+            self._deliver(deliver, location.hash, None)
 
-    def _receive(self, plan: RangePlan) -> memoryview | None:
-        if self._health.breaker.is_open:
-            return None
+    def _receive(self, plan: RangePlan, parts: Iterator[memoryview]) -> None:
         try:
             with self._health.watched():
-                data = self._buffer(plan.length)
-                self._bucket.get_range(self._keys.pack(plan.pack.name), plan.offset, data)
-            return data.toreadonly()
+                self._bucket.get_parts(self._keys.pack(plan.pack.name), plan.offset, plan.length, parts)
         except ObjectMissing:
             self._index.forget(plan.pack)
         except Exception:  # noqa: BLE001 - counted and logged by `watched`; a miss whatever it was
             self._counters.add("failed_ranges")
-        return None
+
+    def _parts(
+        self, plan: RangePlan, waiting: deque[Location], deliver: Deliver
+    ) -> Generator[memoryview, None, None]:
+        """Give a buffer for each block of a range, and for the gaps; deliver each block when it is full."""
+        end = plan.offset
+        payload = self._buffer(0)
+        for location in plan.blocks:
+            if location.offset > end:
+                yield self._buffer(location.offset - end)
+            # A block that was asked for twice is fetched once.
+            if location.offset >= end:
+                payload = self._buffer(location.length)
+                yield payload
+            waiting.popleft()
+            self._deliver(deliver, location.hash, payload.toreadonly())
+            end = location.offset + location.length
 
     def _buffer(self, length: int) -> memoryview:
         """Return this thread's buffer: pages that have been touched once are not cleared again."""
-        if length > MAX_RANGE_BYTES:
-            return memoryview(bytearray(length))
         kept: memoryview | None = getattr(self._buffers, "kept", None)
         if kept is None or len(kept) < length:
             kept = self._buffers.kept = memoryview(bytearray(length))
         return kept[:length]
-
-    def _deliver_all(self, plan: RangePlan, deliver: Deliver, data: memoryview | None) -> None:
-        for location in plan.blocks:
-            start = location.offset - plan.offset
-            payload = None if data is None else data[start : start + location.length]
-            self._deliver(deliver, location.hash, payload)
 
     def _deliver(self, deliver: Deliver, block_hash: bytes, payload: memoryview | None) -> None:
         self._counters.add("blocks_missed" if payload is None else "blocks_read")

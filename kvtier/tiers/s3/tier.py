@@ -12,10 +12,10 @@ from kvtier.tiers.base import Deliver, StoredBlock
 from kvtier.tiers.s3.breaker import Breaker
 from kvtier.tiers.s3.bucket import Bucket
 from kvtier.tiers.s3.catalog import Catalog
-from kvtier.tiers.s3.client import BotoBucket
 from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
+from kvtier.tiers.s3.open_bucket import open_bucket
 from kvtier.tiers.s3.pack import window_blocks
 from kvtier.tiers.s3.reader import BlockReader
 from kvtier.tiers.s3.uploader import Uploader
@@ -58,12 +58,12 @@ class S3Tier:
             namespace: Whose blocks these are; blocks of others are never seen.
             layout: Geometry of a block; decides how many make a pack.
             max_encoded_bytes: No payload is longer; larger ones are refused, and never fetched.
-            bucket: How to reach the bucket; None for boto3.
+            bucket: How to reach the bucket; None for what `config` says.
             pending_limit: Bytes that may wait for upload.
             longest_pause: Seconds between attempts at a bucket that does not answer, at most.
         """
         self._counters = Counters()
-        self._bucket = bucket or BotoBucket(config, self._counters)
+        self._bucket = bucket or open_bucket(config, self._counters)
         keys = Keys(config.prefix, namespace.hex)
         self._index = BlockIndex()
         self._reading = Health(

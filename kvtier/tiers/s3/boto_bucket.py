@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import boto3
 import botocore.exceptions as boto_errors
 import urllib3.exceptions
 from botocore.config import Config
@@ -18,15 +17,19 @@ from botocore.parsers import ResponseParserError
 from kvtier import __version__
 from kvtier._counters import Counters
 from kvtier.config import S3Config
-from kvtier.errors import AccessDenied, ConfigError, KvTierError, TierUnavailable
+from kvtier.errors import AccessDenied, KvTierError, TierUnavailable
 from kvtier.tiers.s3.bucket import (
+    SLOWEST_BYTES_PER_SECOND,
     BadReply,
-    BucketThrottled,
     BucketTimeout,
     ConnectionLost,
     ListedObject,
-    ObjectMissing,
+    Parts,
+    receive_resumed,
 )
+from kvtier.tiers.s3.conditional import ConditionalPut
+from kvtier.tiers.s3.replies import error_of
+from kvtier.tiers.s3.signing import open_session
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -34,8 +37,6 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 128 << 10
 """A body is read in pieces of this size, with a look at its deadline after each; smaller ones cost CPU."""
-_SLOWEST_BYTES_PER_SECOND = 256 << 10
-"""A body that arrives more slowly is a time-out, though its connection never rests."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _BOTO_ERRORS = (
     boto_errors.BotoCoreError,
@@ -43,25 +44,6 @@ _BOTO_ERRORS = (
     ResponseParserError,
     urllib3.exceptions.HTTPError,
 )
-_THROTTLED = {
-    "SlowDown",
-    "SlowDownRead",
-    "SlowDownWrite",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-}
-_DENIED = {
-    "NoSuchBucket": "create the bucket, or correct its name (tiers: s3: bucket)",
-    "InvalidBucketName": "correct the bucket's name (tiers: s3: bucket)",
-    "InvalidAccessKeyId": "check the access key",
-    "SignatureDoesNotMatch": "check the secret key",
-    "AuthorizationHeaderMalformed": "check the region (tiers: s3: region)",
-    "PermanentRedirect": "check the region and the endpoint (tiers: s3: region, endpoint)",
-    "ExpiredToken": "renew the credentials",
-    "InvalidToken": "renew the credentials",
-    "RequestTimeTooSkewed": "set this machine's clock",
-}
 
 
 class BotoBucket:
@@ -76,20 +58,17 @@ class BotoBucket:
         self._counters = counters
         self._lock = threading.Lock()
         self._client: S3Client | None = None
-        self._conditional_puts = True
+        self.put_condition = ConditionalPut(self._put)
 
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
         """See `Bucket.get_range`."""
-        deadline = time.monotonic() + self._config.read_timeout + len(into) / _SLOWEST_BYTES_PER_SECOND
-        done = 0
-        for last_try in (False, True):
-            try:
-                for count in self._stream(key, offset + done, into[done:], deadline):
-                    done += count
-                return
-            except ConnectionLost:
-                if last_try:
-                    raise
+        self.get_parts(key, offset, len(into), iter([into]))
+
+    def get_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> None:
+        """See `Bucket.get_parts`."""
+        deadline = time.monotonic() + self._config.read_timeout + length / SLOWEST_BYTES_PER_SECOND
+        into = Parts(parts, length)
+        receive_resumed(lambda: self._get_left(key, offset + into.done, into, deadline), into)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""
@@ -98,27 +77,13 @@ class BotoBucket:
             if _content_range(reply) != (start, total - 1, total):
                 raise BadReply(f"{key}: asked for the last {length} bytes, got {reply.get('ContentRange')}")
             data = bytearray(total - start)
-            for _ in self._receive(
-                key, reply, memoryview(data), time.monotonic() + self._config.read_timeout
-            ):
-                pass
+            into = Parts(iter([memoryview(data)]), len(data))
+            self._receive(key, reply, into, time.monotonic() + self._config.read_timeout)
         return bytes(data), total
 
     def put(self, key: str, body: bytes) -> bool:
         """See `Bucket.put`."""
-        if self._conditional_puts:
-            try:
-                self._put(key, body, IfNoneMatch="*")
-                return True
-            except _PutRefused as refusal:
-                if refusal.exists:
-                    return False
-                # The server may not know the header; it is to blame only if the same PUT works without.
-                self._put(key, body)
-                self._conditional_puts = False
-                return True
-        self._put(key, body)
-        return True
+        return self.put_condition(key, body)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
         """See `Bucket.list`."""
@@ -142,6 +107,15 @@ class BotoBucket:
                 raise BadReply(f"LIST {prefix}: the listing does not advance")
             more = {"ContinuationToken": reply["NextContinuationToken"]}
 
+    def place(self) -> tuple[str, str]:
+        """Return the endpoint's URL and the region that botocore has found for this configuration.
+
+        Raises:
+            AccessDenied: The configuration or the environment is contradictory.
+        """
+        meta = self._connect().meta
+        return meta.endpoint_url, meta.region_name
+
     def close(self) -> None:
         """See `Bucket.close`."""
         with self._lock:
@@ -155,13 +129,13 @@ class BotoBucket:
                 self._client = _make_client(self._config)
             return self._client
 
-    def _stream(self, key: str, offset: int, into: memoryview, deadline: float) -> Iterator[int]:
-        """Make one GET and yield the number of bytes that each piece brought."""
-        end = offset + len(into) - 1
+    def _get_left(self, key: str, offset: int, into: Parts, deadline: float) -> None:
+        """Make one GET for what is left."""
+        end = offset + into.left - 1
         with self._get(key, f"bytes={offset}-{end}") as (reply, _):
             if _content_range(reply)[:2] != (offset, end):
                 raise BadReply(f"{key}: asked for bytes {offset}-{end}, got {reply.get('ContentRange')}")
-            yield from self._receive(key, reply, into, deadline)
+            self._receive(key, reply, into, deadline)
 
     @contextlib.contextmanager
     def _get(self, key: str, byte_range: str) -> Iterator[tuple[GetObjectOutputTypeDef, int]]:
@@ -176,39 +150,29 @@ class BotoBucket:
         finally:
             reply["Body"].close()
 
-    def _receive(
-        self, key: str, reply: GetObjectOutputTypeDef, into: memoryview, deadline: float
-    ) -> Iterator[int]:
-        if reply.get("ContentLength") not in (None, len(into)):
-            raise BadReply(f"{key}: {reply.get('ContentLength')} bytes announced where {len(into)} were due")
+    def _receive(self, key: str, reply: GetObjectOutputTypeDef, into: Parts, deadline: float) -> None:
+        due = into.left
+        if reply.get("ContentLength") not in (None, due):
+            raise BadReply(f"{key}: {reply.get('ContentLength')} bytes announced where {due} were due")
         body: Any = reply["Body"]
-        done = 0
-        while done < len(into):
+        while into.left:
             with _translated(f"GET {key}"):
-                count = body.readinto(into[done : done + _CHUNK_BYTES])
+                count = body.readinto(into.room()[:_CHUNK_BYTES])
             if count == 0:
-                raise ConnectionLost(f"GET {key}: the body ended after {done} of {len(into)} bytes")
+                raise ConnectionLost(f"GET {key}: the body ended {into.left} bytes early")
             if time.monotonic() > deadline:
-                raise BucketTimeout(f"GET {key}: {done} of {len(into)} bytes in time")
-            done += count
+                raise BucketTimeout(f"GET {key}: {into.left} of {due} bytes did not come in time")
             self._counters.add("get_bytes", count)
-            yield count
+            into.advance(count)
 
-    def _put(self, key: str, body: bytes, **condition: str) -> None:
+    def _put(self, key: str, body: bytes, conditional: bool) -> None:
+        condition = {"IfNoneMatch": "*"} if conditional else {}
         self._counters.add("put_requests")
         with _translated(f"PUT {key}"):
             reply = self._connect().put_object(Bucket=self._config.bucket, Key=key, Body=body, **condition)  # type: ignore[arg-type]
         if "ETag" not in reply:
             raise BadReply(f"PUT {key}: not the reply of an S3 server")
         self._counters.add("put_bytes", len(body))
-
-
-class _PutRefused(KvTierError):
-    """A PUT was refused: the object exists, or the server does not understand the request."""
-
-    def __init__(self, message: str, exists: bool):
-        super().__init__(message)
-        self.exists = exists
 
 
 def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
@@ -219,17 +183,11 @@ def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
 
 
 def _make_client(config: S3Config) -> S3Client:
-    try:
-        keys = config.credentials()
-    except ConfigError as error:
-        raise AccessDenied(str(error)) from error
     with _translated("connecting"):
-        return boto3.session.Session().client(
+        return open_session(config).client(
             "s3",
             endpoint_url=config.endpoint,
             region_name=config.region or ("us-east-1" if config.endpoint else None),
-            aws_access_key_id=keys[0] if keys else None,
-            aws_secret_access_key=keys[1] if keys else None,
             config=Config(
                 signature_version="s3v4",
                 s3={"addressing_style": "path" if config.uses_path_style else "auto"},
@@ -283,23 +241,11 @@ def _translate(what: str, error: Exception) -> KvTierError:
 
 
 def _translate_reply(what: str, error: boto_errors.ClientError) -> KvTierError:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = error.response.get("Error", {}).get("Code", "")
-    text = f"{what}: {error}"
-    if code in _DENIED:
-        return AccessDenied(f"{text}; {_DENIED[code]}")
-    if code == "NoSuchKey" or status == 416:
-        return ObjectMissing(text)
-    if status in (409, 412) and what.startswith("PUT"):
-        return _PutRefused(text, exists=True)
-    if code == "RequestTimeout" or status == 408:
-        return BucketTimeout(text)
-    if code in _THROTTLED or status in (429, 503):
-        return BucketThrottled(text)
-    if status in (401, 403):
-        return AccessDenied(f"{text}; the credentials need s3:GetObject, s3:PutObject and s3:ListBucket")
-    if status in (400, 501) and what.startswith("PUT"):
-        return _PutRefused(text, exists=False)
-    if status >= 500:
-        return TierUnavailable(text)
-    return BadReply(text)
+    reply, detail = error.response.get("ResponseMetadata", {}), error.response.get("Error", {})
+    return error_of(
+        what,
+        reply.get("HTTPStatusCode", 0),
+        detail.get("Code", ""),
+        detail.get("Message", ""),
+        reply.get("HTTPHeaders", {}).get("retry-after"),
+    )

@@ -1,0 +1,158 @@
+"""The bucket through our own HTTP client: what moves data; boto3 does what only controls."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from kvtier._counters import Counters
+from kvtier.config import S3Config
+from kvtier.tiers.s3.boto_bucket import BotoBucket
+from kvtier.tiers.s3.bucket import (
+    SLOWEST_BYTES_PER_SECOND,
+    BadReply,
+    ExpiredCredentials,
+    ListedObject,
+    Parts,
+    receive_resumed,
+)
+from kvtier.tiers.s3.conditional import ConditionalPut
+from kvtier.tiers.s3.http_connection import Body, Deadline
+from kvtier.tiers.s3.http_exchange import Address, Exchange, address_of
+from kvtier.tiers.s3.http_wire import ReplyHead
+from kvtier.tiers.s3.replies import error_of, read_error
+
+_MAX_ERROR_BYTES = 64 << 10
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+
+
+class HttpBucket:
+    """A `Bucket` whose GETs and PUTs go over connections of our own; listings go through boto3.
+
+    boto3 also finds the endpoint, the region and the credentials, so that both mean the same bucket.
+    Nothing is retried here but a broken-off GET, a stale connection and expired credentials, once each.
+    """
+
+    def __init__(self, config: S3Config, counters: Counters):
+        """Prepare a bucket; `counters` gets the requests and bytes of every kind. Does no I/O."""
+        self._config = config
+        self._counters = counters
+        self._control = BotoBucket(config, counters)
+        self._exchange = Exchange(config, counters, self._locate)
+        self.put_condition = ConditionalPut(self._put)
+
+    def get_range(self, key: str, offset: int, into: memoryview) -> None:
+        """See `Bucket.get_range`."""
+        self.get_parts(key, offset, len(into), iter([into]))
+
+    def get_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> None:
+        """See `Bucket.get_parts`."""
+        deadline = self._deadline(length)
+        into = Parts(parts, length)
+        receive_resumed(lambda: self._get(key, offset + into.done, into, deadline), into)
+
+    def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
+        """See `Bucket.get_tail`."""
+        self._counters.add("get_requests")
+        headers = {"Range": f"bytes=-{length}"}
+        with self._request("GET", key, headers, b"", self._deadline(length)) as (head, body):
+            start, end, total = _content_range(key, head)
+            if (start, end) != (max(0, total - length), total - 1):
+                raise BadReply(f"GET {key}: asked for the last {length} bytes, got {start}-{end}/{total}")
+            data = bytearray(end + 1 - start)
+            self._receive(key, head, body, Parts(iter([memoryview(data)]), len(data)))
+        return bytes(data), total
+
+    def put(self, key: str, body: bytes) -> bool:
+        """See `Bucket.put`."""
+        return self.put_condition(key, body)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
+        """See `Bucket.list`."""
+        return self._control.list(prefix, start_after)
+
+    def close(self) -> None:
+        """See `Bucket.close`."""
+        self._exchange.close()
+        self._control.close()
+
+    def _locate(self) -> Address:
+        endpoint, region = self._control.place()
+        return address_of(endpoint, self._config.bucket, self._config.uses_path_style, region)
+
+    def _deadline(self, length: int) -> Deadline:
+        idle = self._config.read_timeout
+        return Deadline(self._config.connect_timeout + idle + length / SLOWEST_BYTES_PER_SECOND, idle)
+
+    def _get(self, key: str, offset: int, into: Parts, deadline: Deadline) -> None:
+        """Make one GET for what is left."""
+        self._counters.add("get_requests")
+        end = offset + into.left - 1
+        headers = {"Range": f"bytes={offset}-{end}"}
+        with self._request("GET", key, headers, b"", deadline) as (head, body):
+            got = _content_range(key, head)
+            if got[:2] != (offset, end):
+                raise BadReply(f"GET {key}: asked for bytes {offset}-{end}, got {got[0]}-{got[1]}")
+            self._receive(key, head, body, into)
+
+    def _receive(self, key: str, head: ReplyHead, body: Body, into: Parts) -> None:
+        due, before = into.left, into.done
+        if head.length not in (None, due):
+            raise BadReply(f"GET {key}: {head.length} bytes announced where {due} were due")
+        try:
+            while into.left:
+                count = body.readinto(into.room())
+                if count == 0:
+                    raise BadReply(f"GET {key}: {due - into.left} bytes where {due} were due")
+                into.advance(count)
+        finally:
+            self._counters.add("get_bytes", into.done - before)
+        if not body.ended and body.readinto(memoryview(bytearray(1))):
+            raise BadReply(f"GET {key}: more than the {due} bytes that were due")
+
+    def _put(self, key: str, body: bytes, conditional: bool) -> None:
+        self._counters.add("put_requests")
+        headers = {"If-None-Match": "*"} if conditional else {}
+        with self._request("PUT", key, headers, body, self._deadline(len(body))) as (head, reply):
+            reply.read(_MAX_ERROR_BYTES)
+            if "etag" not in head.headers:
+                raise BadReply(f"PUT {key}: not the reply of an S3 server")
+        self._counters.add("put_bytes", len(body))
+
+    @contextlib.contextmanager
+    def _request(
+        self, method: str, key: str, headers: dict[str, str], body: bytes, deadline: Deadline
+    ) -> Iterator[tuple[ReplyHead, Body]]:
+        """Make a request and give its reply if it is a success; expired credentials are renewed once."""
+        what = f"{method} {key}"
+        with contextlib.ExitStack() as stack:
+            for last_try in (False, True):
+                head, reply = stack.enter_context(
+                    self._exchange.request(method, key, headers, body, deadline)
+                )
+                if head.status == 206 or (method == "PUT" and 200 <= head.status < 300):
+                    yield head, reply
+                    return
+                if head.status < 300:
+                    raise BadReply(f"{what}: the server ignored the range {headers.get('Range')}")
+                error = error_of(
+                    what,
+                    head.status,
+                    *read_error(reply.read(_MAX_ERROR_BYTES)),
+                    head.headers.get("retry-after"),
+                )
+                stack.close()
+                if last_try or not isinstance(error, ExpiredCredentials):
+                    raise error
+                self._exchange.renew_credentials()
+
+
+def _content_range(key: str, head: ReplyHead) -> tuple[int, int, int]:
+    match = _CONTENT_RANGE.fullmatch(head.headers.get("content-range", ""))
+    if match is None:
+        raise BadReply(f"GET {key}: no usable Content-Range: {head.headers.get('content-range')!r}")
+    start, end, total = int(match[1]), int(match[2]), int(match[3])
+    if not start <= end < total:
+        raise BadReply(f"GET {key}: an impossible Content-Range: {match[0]!r}")
+    return start, end, total

@@ -1,0 +1,249 @@
+"""Requests to a bucket over our own HTTP/1.1: signed, redirected, hedged, on connections that are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from urllib.parse import quote, unquote, urlsplit
+
+from kvtier import __version__
+from kvtier._counters import Counters
+from kvtier.config import S3Config
+from kvtier.errors import AccessDenied, TierError
+from kvtier.tiers.s3.bucket import ConnectionLost
+from kvtier.tiers.s3.hedge import Hedges
+from kvtier.tiers.s3.http_connection import Body, Connection, Deadline, Origin, first_readable
+from kvtier.tiers.s3.http_pool import ConnectionPool
+from kvtier.tiers.s3.http_wire import ReplyHead, write_head
+from kvtier.tiers.s3.signing import Signer
+
+_MAX_REDIRECTS = 3
+_REDIRECTS = {301, 302, 307, 308}
+_LASTING = {301, 308}
+_EARLY_REPLY_SECONDS = 0.2
+_AWS_HOST = re.compile(r"(?P<front>(?:.+\.)?s3)(?:[.-][a-z0-9-]+)?(?P<end>\.amazonaws\.com(?:\.cn)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the bucket is.
+
+    Attributes:
+        origin: The server.
+        path: What stands before an object's key in a request's target, percent-encoded: "" or "/BUCKET".
+        region: What requests are signed for.
+    """
+
+    origin: Origin
+    path: str
+    region: str
+
+    def target(self, key: str) -> str:
+        """Return the target of a request for an object."""
+        return f"{self.path}/{encode_key(key)}"
+
+
+def encode_key(key: str) -> str:
+    """Percent-encode a key as SigV4 wants it: all but letters, digits, `-._~` and slashes."""
+    return quote(key, safe="/-._~")
+
+
+def address_of(endpoint: str, bucket: str, path_style: bool, region: str) -> Address:
+    """Return the address of a bucket at an endpoint (a URL); the bucket goes into path or host name."""
+    parts = urlsplit(endpoint)
+    secure = parts.scheme == "https"
+    host = parts.hostname or ""
+    path = parts.path.rstrip("/")
+    # Certificates for *.s3.amazonaws.com do not cover names with more dots.
+    if path_style or (secure and "." in bucket):
+        path += f"/{bucket}"
+    else:
+        host = f"{bucket}.{host}"
+    return Address(Origin(secure, host, parts.port or (443 if secure else 80)), path, region)
+
+
+def redirected(address: Address, head: ReplyHead, key: str) -> Address | None:
+    """Return where a reply says that the bucket is, None where it names no usable other place."""
+    region = head.headers.get("x-amz-bucket-region")
+    if region and region != address.region and re.fullmatch("[a-z0-9-]{1,40}", region):
+        aws = _AWS_HOST.fullmatch(address.origin.host)
+        host = f"{aws['front']}.{region}{aws['end']}" if aws else address.origin.host
+        return replace(address, region=region, origin=replace(address.origin, host=host))
+    parts = urlsplit(head.headers.get("location", ""))
+    target = unquote(parts.path)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or not target.endswith(f"/{key}")
+        # The server must not talk us into sending in the clear what was meant for TLS.
+        or (address.origin.secure and parts.scheme != "https")
+    ):
+        return None
+    secure = parts.scheme == "https"
+    origin = Origin(secure, parts.hostname, parts.port or (443 if secure else 80))
+    moved = Address(origin, quote(target[: -len(key) - 1], safe="/-._~"), address.region)
+    return None if moved == address else moved
+
+
+class Exchange:
+    """Makes requests for objects of one bucket. Thread-safe; a thread has one request under way."""
+
+    def __init__(self, config: S3Config, counters: Counters, locate: Callable[[], Address]):
+        """Prepare; nothing is connected or looked up yet.
+
+        Args:
+            config: Time-outs, concurrency and credentials.
+            counters: Gets hedged requests, stale connections and redirects.
+            locate: Finds the bucket's address, when the first request is made.
+        """
+        self._counters = counters
+        self._locate = locate
+        self._signer = Signer(config)
+        # Reads, uploads, index: none of them waits for a connection.
+        self._pool = ConnectionPool(config.concurrency + 32, config.connect_timeout)
+        self._hedges = Hedges()
+        self._lock = threading.Lock()
+        self._address: Address | None = None
+
+    @contextlib.contextmanager
+    def request(
+        self, method: str, key: str, headers: Mapping[str, str], body: bytes, deadline: Deadline
+    ) -> Iterator[tuple[ReplyHead, Body]]:
+        """Make one request and give head and body of the reply; the connection is kept if it can be.
+
+        Raises:
+            TierUnavailable: No reply, or not in time.
+            AccessDenied: No credentials, or a certificate that is not to be trusted.
+            BadReply: A reply of something that is no HTTP server.
+        """
+        connection, head = self._follow(method, key, headers, body, deadline)
+        content = Body(connection, head, deadline)
+        try:
+            yield head, content
+        finally:
+            if content.ended and head.keep_alive and connection.usable:
+                self._pool.give_back(connection)
+            else:
+                connection.close()
+
+    def renew_credentials(self) -> None:
+        """Look the credentials up anew for the next request."""
+        self._signer.forget()
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._pool.close()
+
+    def _follow(
+        self, method: str, key: str, headers: Mapping[str, str], body: bytes, deadline: Deadline
+    ) -> tuple[Connection, ReplyHead]:
+        with self._lock:
+            if self._address is None:
+                self._address = self._locate()
+            address = self._address
+        for _ in range(_MAX_REDIRECTS):
+            connection, head = self._ask(address, method, key, headers, body, deadline)
+            # 400 is how a wrong region in the signature is answered.
+            moved = redirected(address, head, key) if head.status in _REDIRECTS | {400} else None
+            if moved is None:
+                return connection, head
+            connection.close()
+            self._counters.add("redirects")
+            if head.status in _LASTING or moved.region != address.region:
+                with self._lock:
+                    self._address = moved
+            address = moved
+        raise AccessDenied(
+            f"{method} {key}: redirected in a circle; check region and endpoint (s3: region, endpoint)"
+        )
+
+    def _ask(
+        self,
+        address: Address,
+        method: str,
+        key: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        deadline: Deadline,
+    ) -> tuple[Connection, ReplyHead]:
+        head = self._head(address, method, key, headers, body)
+        connection = self._pool.take(address.origin)
+        try:
+            return self._exchange(connection, head, body, deadline)
+        except ConnectionLost:
+            if not connection.reused:
+                raise
+            self._counters.add("stale_connections")
+        return self._exchange(self._pool.take(address.origin, fresh=True), head, body, deadline)
+
+    def _head(
+        self, address: Address, method: str, key: str, headers: Mapping[str, str], body: bytes
+    ) -> bytes:
+        scheme = "https" if address.origin.secure else "http"
+        target = address.target(key)
+        url = f"{scheme}://{address.origin.netloc}{target}"
+        plain = {"Host": address.origin.netloc, **headers}
+        signed = self._signer.sign(method, url, plain, address.region)
+        # Not signed: middle boxes may change them.
+        signed["User-Agent"] = f"kvtier/{__version__}"
+        if method == "PUT":
+            signed["Content-Length"] = str(len(body))
+        return write_head(method, target, signed)
+
+    def _exchange(
+        self, connection: Connection, head: bytes, body: bytes, deadline: Deadline
+    ) -> tuple[Connection, ReplyHead]:
+        """Send a request and receive the head of the reply, perhaps on a second connection."""
+        try:
+            self._send(connection, head, body, deadline)
+            if not body:
+                connection = self._hedged(connection, head, deadline)
+            return connection, connection.read_head(deadline)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _send(self, connection: Connection, head: bytes, body: bytes, deadline: Deadline) -> None:
+        try:
+            connection.send(head, body, deadline)
+        except ConnectionLost:
+            # A server that refuses a large body replies and closes before it has read it.
+            connection.usable = False
+            if not body or not connection.is_readable(_EARLY_REPLY_SECONDS):
+                raise
+
+    def _hedged(self, connection: Connection, head: bytes, deadline: Deadline) -> Connection:
+        """Wait for the first byte; ask a second time if it is late, and keep what answers first."""
+        delay, start = self._hedges.delay(), time.monotonic()
+        late = not connection.is_readable(deadline.wait() if delay is None else min(delay, deadline.wait()))
+        if late and delay is not None and self._hedges.take():
+            connection = self._race(connection, head, deadline)
+        self._hedges.report(time.monotonic() - start)
+        return connection
+
+    def _race(self, first: Connection, head: bytes, deadline: Deadline) -> Connection:
+        self._counters.add("hedged_requests")
+        second: Connection | None = None
+        try:
+            second = self._pool.take(first.origin)
+            second.send(head, b"", deadline)
+        except TierError:
+            # The first request is as good as it was before.
+            if second is not None:
+                second.close()
+            return first
+        try:
+            ready = first_readable([first, second], deadline.wait())
+        except TierError:
+            second.close()
+            raise
+        if second in ready and first not in ready:
+            self._counters.add("hedges_won")
+            first.close()
+            return second
+        second.close()
+        return first
