@@ -20,6 +20,8 @@ def dig(source: object, *names: str) -> Any:
 
 def as_int(value: object) -> int | None:
     """Return `value` if it is an integer (a bool is none)."""
+    if type(value) is int:
+        return value
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 

@@ -36,7 +36,7 @@ class EngineFacts:
     Attributes:
         model: Identity of the model and its weights, plain JSON data.
         numerics: Other arguments that change the bytes of a block: dtype, quantization, attention backend.
-        tokens_per_block: Tokens in a block.
+        tokens_per_block: Tokens in a block, None if not given.
         kv_dtype: torch's name of the KV dtype that was asked for, None for "auto".
         ranks: Processes that each hold a shard.
         plain_ranks: No pipeline or context parallelism: every rank has all layers of its heads.
@@ -46,7 +46,7 @@ class EngineFacts:
 
     model: Mapping[str, Any]
     numerics: Mapping[str, Any]
-    tokens_per_block: int
+    tokens_per_block: int | None
     kv_dtype: str | None
     ranks: int
     plain_ranks: bool
@@ -72,8 +72,7 @@ class EngineFacts:
         return cls(
             model=identity,
             numerics=_numerics(llm_args),
-            tokens_per_block=as_int(dig(llm_args, "kv_cache_config", "tokens_per_block"))
-            or DEFAULT_TOKENS_PER_BLOCK,
+            tokens_per_block=as_int(dig(llm_args, "kv_cache_config", "tokens_per_block")),
             kv_dtype=_kv_dtype(llm_args, identity),
             ranks=max(1, *(known or 1 for known in ranks)),
             plain_ranks=max(others) == 1,

@@ -13,7 +13,7 @@ from kvtier.errors import LayoutError
 from kvtier.layout import ITEM_BYTES, BlockLayout
 from kvtier.trtllm.fields import as_int, as_text, dig
 from kvtier.trtllm.guard import BrokenPromise
-from kvtier.trtllm.identity import EngineFacts, torch_name
+from kvtier.trtllm.identity import DEFAULT_TOKENS_PER_BLOCK, EngineFacts, torch_name
 from kvtier.trtllm.meta import Pages
 
 NO_PAGE = -1
@@ -74,9 +74,10 @@ class FlatPool:
         Raises:
             LayoutError: The pool is refused; the message says why.
         """
-        _check_flat(tensor, engine)
+        tokens_per_block = engine.tokens_per_block or DEFAULT_TOKENS_PER_BLOCK
+        _check_flat(tensor, tokens_per_block, engine)
         _, layers, kv_factor, row = tensor.shape
-        self.layout = BlockLayout(_name(tensor.dtype), engine.tokens_per_block, layers, kv_factor, row)
+        self.layout = BlockLayout(_name(tensor.dtype), tokens_per_block, layers, kv_factor, row)
         self.groups: tuple[PageGroup, ...] = (PageGroup(0),)
         self.device = tensor.device
         self.signature = {"kind": "flat"}
@@ -111,7 +112,7 @@ class GroupPool:
         Raises:
             LayoutError: The pools are refused; the message says why.
         """
-        tokens_per_block = as_int(dig(description, "tokens_per_block")) or engine.tokens_per_block
+        tokens_per_block = as_int(description.tokens_per_block) or DEFAULT_TOKENS_PER_BLOCK
         described = sorted(description.groups, key=lambda group: int(group.layer_group_id))
         _check_groups(described, tokens_per_block, engine)
         self.groups = tuple(
@@ -161,7 +162,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> None:
+def _check_flat(tensor: torch.Tensor, tokens_per_block: int, engine: EngineFacts) -> None:
     engine.refuse_unsupported()
     if tensor.dim() != 4:
         raise LayoutError(
@@ -181,16 +182,15 @@ def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> None:
             f"the KV pool holds {layers} layers, the model has {engine.attention_layers} with attention:"
             " layers of different shape (variable GQA) lie in pools that a connector is not given"
         )
-    if row % engine.tokens_per_block:
+    if row % tokens_per_block:
         raise LayoutError(
-            f"rows of {row} elements do not divide by kv_cache_config.tokens_per_block ="
-            f" {engine.tokens_per_block}"
+            f"rows of {row} elements do not divide by kv_cache_config.tokens_per_block = {tokens_per_block}"
         )
 
 
 def _check_groups(described: Sequence[Any], tokens_per_block: int, engine: EngineFacts) -> None:
     engine.refuse_unsupported()
-    if tokens_per_block != engine.tokens_per_block:
+    if engine.tokens_per_block not in (None, tokens_per_block):
         raise LayoutError(
             f"the KV cache has {tokens_per_block} tokens per page, kv_cache_config.tokens_per_block says"
             f" {engine.tokens_per_block}"

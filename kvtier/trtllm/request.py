@@ -119,8 +119,8 @@ class RequestState:
         tokens: Tokens known so far.
         hashes: Hashes of the whole blocks of `tokens`, as far as they were needed.
         pages: For each list of pages that the engine keeps, the page of each block.
-        prompt: Tokens at the first appearance in a batch, all of which that pass and the following prefill;
-            None before it.
+        prompt: Tokens at the first appearance in a batch with the present pages, all of which that pass and
+            the following prefill; None before it.
         computed: Leading tokens whose KV stood in the pool before the pass that was scheduled last.
         fresh: First block whose page was reported with that pass.
         handled: Leading blocks that need no more thought about saving.
@@ -162,8 +162,9 @@ class RequestState:
         return tokens[: len(self.tokens)] == self.tokens
 
     def see_allocation(self, pages: list[list[int]]) -> None:
-        """Take the pages of a new allocation, one list for each layer group."""
+        """Take the pages of a new allocation, by layer group; all tokens are prefilled anew."""
         self.pages = pages
+        self.prompt = None
 
     def hash_through(self, blocks: int) -> list[bytes]:
         """Hash up to `blocks` whole blocks of the tokens known, and return all hashes so far."""
@@ -196,10 +197,11 @@ class RequestState:
         """
         if is_new:
             self.see_tokens(token_array(data.new_tokens))
-            self.prompt = len(self.tokens)
-            self._reported = []
+            self.prompt, self._reported = None, []
         else:
             self.tokens.extend(data.new_tokens)
+        if self.prompt is None:
+            self.prompt = len(self.tokens)
         grouped = self._take_pages(data, is_new)
         if self.identity and salt_of(data) not in (None, self.identity.salt):
             self.identity = None

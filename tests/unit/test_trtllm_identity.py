@@ -171,7 +171,7 @@ def test_saying_the_dtype_that_auto_means_changes_nothing():
 )
 def test_arguments_of_any_shape_are_read_as_far_as_they_make_sense(arguments):
     facts = EngineFacts.read(arguments)
-    assert (facts.tokens_per_block, facts.ranks, facts.kv_dtype, facts.host_cache_bytes) == (32, 1, None, 0)
+    assert (facts.tokens_per_block, facts.ranks, facts.kv_dtype, facts.host_cache_bytes) == (None, 1, None, 0)
     assert facts.plain_ranks
     assert facts.attention_layers is None
     facts.refuse_unsupported()

@@ -182,6 +182,12 @@ def test_replicated_regions_belong_to_the_block():
     assert torch.equal(slot[-16:], spare[48:64])
 
 
+def test_tokens_per_block_come_from_the_pool_where_the_arguments_do_not_say():
+    nothing = EngineFacts.read(SimpleNamespace())
+    assert GroupPool(memory().layout, nothing).layout.tokens_per_block == 4
+    assert FlatPool(flat(6, 3, 2, 64), nothing).layout.tokens_per_block == 32
+
+
 def test_a_window_is_known():
     assert [g.window for g in GroupPool(memory(window=8).layout, facts()).groups] == [None, 8]
 

@@ -125,6 +125,20 @@ def test_a_finished_request_is_settled_up_to_its_last_token():
     assert known.settled(10) == 4
 
 
+def test_a_replay_of_a_request_that_generates_is_a_prefill_again():
+    """V1 reports it among the cached requests; only its new allocation tells."""
+    known = state()
+    known.advance(data(range(10), range(3), 0, 10), is_new=True)
+    known.advance(data(range(50, 55), [], 14, 1), is_new=False)
+    known.see_allocation([[7, 8, 9, 10]])
+    assert known.settled(15) == 0
+    assert known.advance(data([], [], 0, 8), is_new=False) == 8
+    assert known.settled(15) == 0
+    assert known.advance(data([], [], 8, 7), is_new=False) == 15
+    assert known.settled(15) == 8
+    assert known.settled(16) == 15
+
+
 def test_pages_come_bit_by_bit():
     known = state()
     known.advance(data(range(10), [7, 8, 9], 0, 10), is_new=True)
