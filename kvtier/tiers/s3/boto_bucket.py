@@ -25,10 +25,10 @@ from kvtier.tiers.s3.bucket import (
     ConnectionLost,
     ListedObject,
     Parts,
-    receive_resumed,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.replies import error_of
+from kvtier.tiers.s3.retries import Retries
 from kvtier.tiers.s3.signing import open_session
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _BOTO_ERRORS = (
 class BotoBucket:
     """A `Bucket` on one boto3 client, which is made on first use: construction does no I/O.
 
-    Nothing is retried here but a broken-off GET, once: who asks knows better whether to wait.
+    GETs are retried as `Retries` says; whoever puts or lists knows better whether to wait.
     """
 
     def __init__(self, config: S3Config, counters: Counters):
@@ -58,6 +58,7 @@ class BotoBucket:
         self._counters = counters
         self._lock = threading.Lock()
         self._client: S3Client | None = None
+        self._retries = Retries()
         self.put_condition = ConditionalPut(self._put)
 
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
@@ -68,7 +69,12 @@ class BotoBucket:
         """See `Bucket.get_parts`."""
         deadline = time.monotonic() + self._config.read_timeout + length / SLOWEST_BYTES_PER_SECOND
         into = Parts(parts, length)
-        receive_resumed(lambda: self._get_left(key, offset + into.done, into, deadline), into)
+        attempts = self._retries.receive(
+            lambda: self._get_left(key, offset + into.done, into, deadline),
+            into,
+            lambda: deadline - time.monotonic(),
+        )
+        self._counters.add("retries", attempts)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""

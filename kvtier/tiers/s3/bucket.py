@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,22 +92,6 @@ class Parts:
             next(self._parts, None)
 
 
-def receive_resumed(receive: Callable[[], None], parts: Parts) -> None:
-    """Receive a body; if it breaks off, ask once for the rest.
-
-    Args:
-        receive: Asks for the bytes that are left, and receives them.
-        parts: Where to.
-    """
-    for last_try in (False, True):
-        try:
-            receive()
-            return
-        except ConnectionLost:
-            if last_try or not parts.left:
-                raise
-
-
 def cause_of(error: Exception) -> str:
     """Name the cause of a failed request, as it stands in statistics."""
     return next((name for kind, name in _CAUSES if isinstance(error, kind)), "unexpected")
@@ -130,7 +114,7 @@ class Bucket(Protocol):
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
         """Read `len(into)` bytes of an object from `offset` on straight into `into`.
 
-        A body that breaks off is resumed once, with a request for the rest.
+        What fails for a reason that may pass is asked for again, of a broken-off body only the rest.
 
         Raises:
             ObjectMissing: No such object, or it is shorter.

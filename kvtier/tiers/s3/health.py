@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
-from kvtier.errors import AccessDenied, CorruptBlock
+from kvtier.errors import AccessDenied, CorruptBlock, TierFull
 from kvtier.tiers.s3.breaker import Breaker
-from kvtier.tiers.s3.bucket import BadReply, ObjectMissing, cause_of
+from kvtier.tiers.s3.bucket import BadReply, BucketThrottled, ObjectMissing, cause_of
 
 _logger = logging.getLogger(__name__)
 
@@ -56,5 +56,8 @@ class Health:
             # The bucket answers; it is the object that is gone or bad.
             self.breaker.success()
         else:
-            self.breaker.failure(denied=isinstance(error, AccessDenied))
+            self.breaker.failure(
+                denied=isinstance(error, AccessDenied | TierFull),
+                pause=error.retry_after if isinstance(error, BucketThrottled) else None,
+            )
         log_once(_logger, f"{self._what}:{cause}", "S3 tier, %s (%s): %s", self._what, cause, error)

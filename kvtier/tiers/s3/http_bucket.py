@@ -15,13 +15,13 @@ from kvtier.tiers.s3.bucket import (
     ExpiredCredentials,
     ListedObject,
     Parts,
-    receive_resumed,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.http_connection import Body, Deadline
 from kvtier.tiers.s3.http_exchange import Address, Exchange, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
 from kvtier.tiers.s3.replies import error_of, read_error
+from kvtier.tiers.s3.retries import Retries
 
 _MAX_ERROR_BYTES = 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -31,7 +31,7 @@ class HttpBucket:
     """A `Bucket` whose GETs and PUTs go over connections of our own; listings go through boto3.
 
     boto3 also finds the endpoint, the region and the credentials, so that both mean the same bucket.
-    Nothing is retried here but a broken-off GET, a stale connection and expired credentials, once each.
+    What is retried is in `Retries`; besides, stale connections and expired credentials are replaced once.
     """
 
     def __init__(self, config: S3Config, counters: Counters):
@@ -40,6 +40,7 @@ class HttpBucket:
         self._counters = counters
         self._control = BotoBucket(config, counters)
         self._exchange = Exchange(config, counters, self._locate)
+        self._retries = Retries()
         self.put_condition = ConditionalPut(self._put)
 
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
@@ -50,7 +51,10 @@ class HttpBucket:
         """See `Bucket.get_parts`."""
         deadline = self._deadline(length)
         into = Parts(parts, length)
-        receive_resumed(lambda: self._get(key, offset + into.done, into, deadline), into)
+        attempts = self._retries.receive(
+            lambda: self._get(key, offset + into.done, into, deadline), into, deadline.left
+        )
+        self._counters.add("retries", attempts)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""

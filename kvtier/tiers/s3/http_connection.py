@@ -50,13 +50,17 @@ class Deadline:
         self._end = time.monotonic() + seconds
         self._idle = idle
 
+    def left(self) -> float:
+        """Return the seconds that are left for everything."""
+        return self._end - time.monotonic()
+
     def wait(self) -> float:
         """Return the seconds that the next wait may take.
 
         Raises:
             BucketTimeout: The time is over.
         """
-        left = self._end - time.monotonic()
+        left = self.left()
         if left <= 0:
             raise BucketTimeout("the request took too long as a whole")
         return min(left, self._idle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -25,6 +26,8 @@ _logger = logging.getLogger(__name__)
 MAX_RANGE_BYTES = 16 << 20
 MAX_GAP_BYTES = 64 << 10
 """Blocks closer than this are fetched together: a request costs more than the bytes between."""
+_SLOWEST_BYTES_PER_SECOND = 16 << 20
+"""A read as a whole that brings less makes no further requests: computing is faster."""
 
 
 @dataclass(slots=True)
@@ -84,14 +87,26 @@ class BlockReader:
         health: Health,
         counters: Counters,
         concurrency: int,
+        patience: float,
     ):
-        """Prepare `concurrency` threads; they start when they are needed."""
+        """Prepare `concurrency` threads; they start when they are needed.
+
+        Args:
+            bucket: Where the packs are.
+            keys: Names of the objects.
+            index: Knows where the blocks are.
+            health: Of the reading direction.
+            counters: Gets what happened.
+            concurrency: GETs under way at once, of all reads together.
+            patience: Seconds after which a read makes no further requests, besides a second for 16 MiB.
+        """
         self._bucket = bucket
         self._keys = keys
         self._index = index
         self._health = health
         self._counters = counters
         self._pool = DaemonPool("kvtier-s3-read", concurrency)
+        self._patience = patience
         self._buffers = threading.local()
 
     def read(self, hashes: Sequence[bytes], deliver: Deliver) -> None:
@@ -100,7 +115,9 @@ class BlockReader:
         if self._health.breaker.is_open:
             located = [None] * len(hashes)
         plans = plan_ranges([location for location in located if location is not None])
-        futures = [self._pool.submit(partial(self._fetch, plan, deliver)) for plan in plans]
+        size = sum(plan.length for plan in plans)
+        deadline = time.monotonic() + self._patience + size / _SLOWEST_BYTES_PER_SECOND
+        futures = [self._pool.submit(partial(self._fetch, plan, deliver, deadline)) for plan in plans]
         for block_hash, location in zip(hashes, located, strict=True):
             if location is None:
                 self._deliver(deliver, block_hash, None)
@@ -113,10 +130,12 @@ class BlockReader:
         """Take no more requests; those under way run into their time-outs at worst."""
         self._pool.close()
 
-    def _fetch(self, plan: RangePlan, deliver: Deliver) -> None:
+    def _fetch(self, plan: RangePlan, deliver: Deliver, deadline: float) -> None:
         """Deliver a range block by block as it arrives: what has come is decoded while the rest is coming."""
         waiting = deque(plan.blocks)
-        if not self._health.breaker.is_open:
+        if time.monotonic() > deadline:
+            self._counters.add("late_ranges")
+        elif not self._health.breaker.is_open:
             self._receive(plan, self._parts(plan, waiting, deliver))
         for location in waiting:
             self._deliver(deliver, location.hash, None)

@@ -83,7 +83,13 @@ class S3Tier:
             on_ready=lambda: self._uploader.start(),
         )
         self._reader = BlockReader(
-            self._bucket, keys, self._index, self._reading, self._counters, config.concurrency
+            self._bucket,
+            keys,
+            self._index,
+            self._reading,
+            self._counters,
+            config.concurrency,
+            patience=config.connect_timeout + 2 * config.read_timeout,
         )
         self._uploader = Uploader(
             self._bucket,
@@ -192,5 +198,8 @@ _COUNTERS = (
     "index_segments_corrupt",
     "index_rebuilds",
     "bad_replies",
+    "retries",
+    "hedged_requests",
+    "hedges_won",
     "namespace_mismatches",
 )
