@@ -218,7 +218,7 @@ class DiskTier:
             shard.disconnect()
 
     def _shard(self, block_hash: bytes) -> DiskShard:
-        # The first byte picks the folder inside the shard, so the last one picks the shard.
+        # The first digit picks the folder inside the shard, so the last byte picks the shard.
         return self._shards[block_hash[-1] % len(self._shards)]
 
     def _enter(self) -> tuple[int | None, int]:

@@ -19,9 +19,9 @@ from kvtier.hashing import HASH_BYTES
 KEY_BYTES = 2 * HASH_BYTES
 """A key is the namespace's id followed by the block's hash."""
 
-FILE_NAME = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-[0-9a-f]{12}\.val", re.ASCII)
-"""Names that may stand in a row, relative to the shard: the first byte of a block's hash, then the hash and
-a random part. Nothing else is ever opened or removed, whatever the database says."""
+FILE_NAME = re.compile(r"[0-9a-f]/([0-9a-f]{32})-[0-9a-f]{12}\.val", re.ASCII)
+"""Names that may stand in a row, relative to the shard: the first digit of a block's hash, then the hash
+and a random part. Nothing else is ever opened or removed, whatever the database says."""
 
 _FILE_SYSTEM_BLOCK = 4096
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
@@ -30,24 +30,25 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEX
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-@dataclass(slots=True)
-class IncomingBlock:
-    """A block on its way into a file.
+@dataclass(frozen=True, slots=True)
+class BlockFile:
+    """What diskcache takes for a value: the file of one block.
 
     Attributes:
-        payload: Its bytes, flat.
-        file_name: Set as soon as the file may exist.
+        name: Relative to the shard.
+        length: Bytes of the payload.
     """
 
-    payload: memoryview
-    file_name: str = ""
+    name: str
+    length: int
 
 
 class BlockFiles(Disk):  # type: ignore[misc]
-    """A diskcache `Disk` that keeps raw keys, and values as bytes in files; nothing is pickled or unpickled.
+    """A diskcache `Disk` of raw keys and values that are files; nothing is ever pickled or unpickled.
 
-    The row of a block has its file's name and its length. A file is complete before its row is committed,
-    and a row is gone before its file is removed, so a crash leaves whole blocks and files without a row.
+    A file is complete before its row is committed, and a row is gone before its file is removed, so a crash
+    leaves whole blocks, and files without a row. Files are written and read apart from the rows, so that the
+    database is in use for microseconds only.
 
     Attributes:
         on_remove: Called with the hash of every block whose file was removed, that is, evicted, deleted or
@@ -78,40 +79,16 @@ class BlockFiles(Disk):  # type: ignore[misc]
             raise CorruptBlock("a key in the disk tier's database is not raw bytes")
         return key
 
-    def store(self, value: IncomingBlock, read: bool, key: bytes = UNKNOWN) -> tuple[int, int, str, int]:
-        """Write a block to a file of its own.
+    def store(self, value: BlockFile, read: bool, key: bytes = UNKNOWN) -> tuple[int, int, str, int]:
+        """Return a row's columns: size on the file system in bytes, mode, file name, exact length."""
+        size = -(-value.length // _FILE_SYSTEM_BLOCK) * _FILE_SYSTEM_BLOCK
+        return size, MODE_BINARY, value.name, value.length
 
-        Returns:
-            Size on the file system in bytes, mode, file name, and the exact length for the value column.
-
-        Raises:
-            OSError: The file could not be written; what there is of it is for the caller to remove.
-        """
-        block_hash = key[HASH_BYTES:].hex()
-        value.file_name = f"{block_hash[:2]}/{block_hash}-{os.urandom(6).hex()}.val"
-        path = os.path.join(self._directory, value.file_name)
-        try:
-            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
-        try:
-            rest = value.payload
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-        finally:
-            os.close(descriptor)
-        length = value.payload.nbytes
-        size = -(-length // _FILE_SYSTEM_BLOCK) * _FILE_SYSTEM_BLOCK
-        return size, MODE_BINARY, value.file_name, length
-
-    def fetch(self, mode: object, filename: object, value: object, read: bool) -> bytes:
-        """Read a block whole.
+    def fetch(self, mode: object, filename: object, value: object, read: bool) -> BlockFile:
+        """Return the file that a row names.
 
         Raises:
-            FileNotFoundError: The file is gone: evicted a moment ago.
-            CorruptBlock: The row is not one that `store` made, or the file is not, or cannot be read.
-            TierUnavailable: The process has no descriptor or memory left to read it.
+            CorruptBlock: The row is not one that `store` made.
         """
         if (
             mode != MODE_BINARY
@@ -121,13 +98,50 @@ class BlockFiles(Disk):  # type: ignore[misc]
             or not 0 <= value <= self.max_payload_bytes
         ):
             raise CorruptBlock("a row in the disk tier's database does not describe a block")
+        return BlockFile(filename, value)
+
+    def name(self, block_hash: bytes) -> str:
+        """Return a new name for a block's file."""
+        digits = block_hash.hex()
+        return f"{digits[0]}/{digits}-{os.urandom(6).hex()}.val"
+
+    def write(self, name: str, payload: memoryview) -> BlockFile:
+        """Write a new file.
+
+        Raises:
+            OSError: It could not be written; what there is of it is for the caller to remove.
+        """
+        path = os.path.join(self._directory, name)
         try:
-            descriptor = os.open(os.path.join(self._directory, filename), _READ_FLAGS)
+            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
+        try:
+            rest = payload
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        finally:
+            os.close(descriptor)
+        return BlockFile(name, payload.nbytes)
+
+    def read(self, file: BlockFile) -> bytes:
+        """Read a file whole.
+
+        Raises:
+            FileNotFoundError: It is gone: evicted a moment ago.
+            CorruptBlock: It has another length than its row says, is no file, or cannot be read.
+            TierUnavailable: The process has no descriptor or memory left to read it.
+        """
+        try:
+            descriptor = os.open(os.path.join(self._directory, file.name), _READ_FLAGS)
             try:
                 found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode) or found.st_size != value:
-                    raise CorruptBlock(f"a block's file has {found.st_size} bytes, its row says {value}")
-                payload = os.read(descriptor, value)
+                if not stat.S_ISREG(found.st_mode) or found.st_size != file.length:
+                    raise CorruptBlock(
+                        f"a block's file has {found.st_size} bytes, its row says {file.length}"
+                    )
+                payload = os.read(descriptor, file.length)
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -135,8 +149,8 @@ class BlockFiles(Disk):  # type: ignore[misc]
         except OSError as error:
             kind = TierUnavailable if error.errno in _PASSING else CorruptBlock
             raise kind(f"a block's file cannot be read: {error}") from error
-        if len(payload) != value:
-            raise CorruptBlock(f"a block's file ended after {len(payload)} of {value} bytes")
+        if len(payload) != file.length:
+            raise CorruptBlock(f"a block's file ended after {len(payload)} of {file.length} bytes")
         return payload
 
     def remove(self, file_path: object) -> None:

@@ -14,7 +14,7 @@ from diskcache import DEFAULT_SETTINGS, EVICTION_POLICY, Cache
 
 from kvtier.errors import CorruptBlock, TierUnavailable
 from kvtier.hashing import HASH_BYTES
-from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFiles, IncomingBlock
+from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFiles
 from kvtier.tiers.disk_health import Health
 
 SET_ASIDE = ".damaged-"
@@ -73,6 +73,8 @@ class DiskShard:
         self._health = health
         # Guards which cache is the current one; never held while blocks are read or written.
         self._lock = threading.Lock()
+        # Held around each use of the database: SQLite lets threads that meet there sleep for milliseconds.
+        self._turn = threading.Lock()
         self._cache: Cache | None = None
         self._identity: tuple[int, int] | None = None
         self._closed = False
@@ -90,9 +92,12 @@ class DiskShard:
         cache = self._cache
         if cache is None or block_hash not in self.held:
             return None
-        key = self._namespace + block_hash
         try:
-            payload: bytes | None = cache.get(key)
+            with self._turn:
+                file = cache.get(self._namespace + block_hash)
+            payload: bytes = cache.disk.read(file) if file is not None else b""
+        except FileNotFoundError:
+            file = None
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
             cause = self._health.failed(error)
             if isinstance(error, CorruptBlock):
@@ -102,7 +107,7 @@ class DiskShard:
             else:
                 self._recover(cache, cause)
             return None
-        if payload is None:
+        if file is None:
             self._delete(cache, block_hash)
             return None
         with self._used_lock:
@@ -121,14 +126,18 @@ class DiskShard:
         if cache is None or self._health.paused:
             return False
         key = self._namespace + block_hash
-        incoming = IncomingBlock(payload)
+        name = cache.disk.name(block_hash)
         try:
             # Another process may have written it, or this one before it forgot.
-            if key not in cache:
-                cache.set(key, incoming)
+            with self._turn:
+                present = key in cache
+            if not present:
+                file = cache.disk.write(name, payload)
+                with self._turn:
+                    cache.set(key, file)
                 self._health.count("writes")
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a block not kept
-            cache.disk.remove(incoming.file_name)
+            cache.disk.remove(name)
             cause = self._health.failed(error)
             self._health.wrote(cause)
             self._recover(cache, cause)
@@ -186,17 +195,19 @@ class DiskShard:
 
     def _shrink(self, cache: Cache) -> None:
         try:
-            self.size_bytes = cache.volume()
-            if self.size_bytes > self._limit_bytes:
-                self._health.count("evictions", cache.cull())
+            with self._turn:
                 self.size_bytes = cache.volume()
+                if self.size_bytes > self._limit_bytes:
+                    self._health.count("evictions", cache.cull())
+                    self.size_bytes = cache.volume()
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
             self._recover(cache, self._health.failed(error))
 
     def _delete(self, cache: Cache, block_hash: bytes) -> None:
         self.held.discard(block_hash)
         try:
-            cache.delete(self._namespace + block_hash)
+            with self._turn:
+                cache.delete(self._namespace + block_hash)
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
             self._recover(cache, self._health.failed(error))
 
@@ -245,9 +256,10 @@ class DiskShard:
         held: set[bytes] = set()
         cache.disk.on_remove = held.discard
         with self._connect() as database:
-            # The conditions on the other columns keep absurd rows from ever being fetched.
+            # The conditions on the other columns keep absurd rows from ever being fetched. They need the rows
+            # themselves, and reading those in their order is 2.5 times as fast as by way of the index.
             keys = database.execute(
-                "SELECT key FROM Cache WHERE key >= ? AND key < ? AND length(key) = ? AND raw = 1"
+                "SELECT key FROM Cache NOT INDEXED WHERE key >= ? AND key < ? AND length(key) = ? AND raw = 1"
                 " AND typeof(value) = 'integer' AND length(filename) < 64",
                 (self._namespace, self._namespace + b"\xff" * (HASH_BYTES + 1), KEY_BYTES),
             )
@@ -331,7 +343,7 @@ class DiskShard:
 
     def _files(self) -> Iterator[str]:
         for folder in os.scandir(self._directory):
-            if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False):
+            if len(folder.name) == 1 and folder.is_dir(follow_symlinks=False):
                 for file in os.scandir(folder.path):
                     name = f"{folder.name}/{file.name}"
                     if FILE_NAME.fullmatch(name):

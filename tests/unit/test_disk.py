@@ -245,7 +245,7 @@ class TestTwoTiersInOneDirectory:
 
 class TestOrphans:
     def make_orphan(self, path: Path, age: float) -> Path:
-        orphan = path / "000" / "ab" / f"ab{'0' * 30}-{'1' * 12}.val"
+        orphan = path / "000" / "a" / f"ab{'0' * 30}-{'1' * 12}.val"
         orphan.parent.mkdir(exist_ok=True, parents=True)
         orphan.write_bytes(b"left by a crash")
         os.utime(orphan, (time.time() - age, time.time() - age))
@@ -277,7 +277,7 @@ class TestOrphans:
             tier.write(blocks(range(3)))
         orphan = self.make_orphan(tmp_path, age=5)
         strangers = [
-            tmp_path / "000" / "ab" / "notes.txt",
+            tmp_path / "000" / "a" / "notes.txt",
             tmp_path / "000" / "notes.val",
             tmp_path / "notes",
         ]

@@ -19,7 +19,7 @@ from kvtier.errors import CorruptBlock, TierUnavailable
 from kvtier.hashing import Namespace
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.disk import DiskTier
-from kvtier.tiers.disk_files import BlockFiles, IncomingBlock
+from kvtier.tiers.disk_files import BlockFiles
 from kvtier.tiers.disk_health import cause_of
 
 MODEL = Namespace.from_facts({"model": "a"})
@@ -116,9 +116,9 @@ class TestRows:
             "{secret}",
             "cache.db",
             "",
-            "00",
-            "01/../../../secret",
-            "00/{hash}-0123456789ab.val\n",
+            "0",
+            "0/../../../secret",
+            "0/{hash}-0123456789ab.val\n",
             7,
         ],
     )
@@ -285,12 +285,12 @@ def test_fetch_refuses_what_store_did_not_make(mode: object, filename: object, v
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = BlockFiles(str(tmp_path), max_payload_bytes=100)
-    _, mode, name, length = files.store(IncomingBlock(memoryview(b"x" * 50)), False, bytes(32))
-    assert files.fetch(mode, name, length, False) == b"x" * 50
+    file = files.write(files.name(bytes(16)), memoryview(b"x" * 50))
+    assert files.read(file) == b"x" * 50
     real = os.read
     monkeypatch.setattr(os, "read", lambda descriptor, count: real(descriptor, count - 1))
     with pytest.raises(CorruptBlock, match="49 of 50"):
-        files.fetch(mode, name, length, False)
+        files.read(file)
 
 
 def test_keys_are_raw_bytes_both_ways(tmp_path: Path) -> None:
