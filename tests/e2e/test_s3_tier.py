@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.hashing import Namespace
 from kvtier.tiers.s3 import S3Tier
-from kvtier.tiers.s3.reader import MAX_RANGE_BYTES
+from kvtier.tiers.s3.reader import RANGE_BYTES
 from tests.s3_support import (
     BUCKET,
     LAYOUT,
@@ -123,7 +123,7 @@ def test_requests_are_few(s3_bucket: S3Place) -> None:
     assert read_all(reader, hashes_of(blocks)) == payloads_of(blocks)
     after = reader.stats()
     size = sum(len(block.payload) for block in blocks)
-    assert after["get_requests"] - before["get_requests"] <= math.ceil(size / MAX_RANGE_BYTES) + 1
+    assert after["get_requests"] - before["get_requests"] <= math.ceil(size / RANGE_BYTES[0]) + 1
     assert after["get_bytes"] - before["get_bytes"] == size
     for kind in ("put_requests", "list_requests"):
         assert after[kind] == before[kind]

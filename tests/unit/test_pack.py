@@ -148,8 +148,8 @@ def test_name_depends_on_blocks_and_salt() -> None:
 @pytest.mark.parametrize(
     ("tokens_per_block", "block_kib", "blocks"),
     [
-        (32, 4096, 4),
-        (32, 720, 16),
+        (32, 4096, 32),
+        (32, 4301, 16),
         (32, 700, 32),
         (32, 1, 32),
         (64, 1, 16),

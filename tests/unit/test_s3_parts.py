@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtier.layout import BlockLayout
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.s3.breaker import Breaker
 from kvtier.tiers.s3.index import Location
-from kvtier.tiers.s3.pack import Pack
+from kvtier.tiers.s3.pack import Pack, window_blocks
 from kvtier.tiers.s3.packer import Packer
 from kvtier.tiers.s3.pool import DaemonPool
-from kvtier.tiers.s3.reader import MAX_GAP_BYTES, MAX_RANGE_BYTES, plan_ranges
+from kvtier.tiers.s3.reader import MAX_GAP_BYTES, RANGE_BYTES, plan_ranges
 
 WINDOW = 8
 
@@ -136,7 +137,7 @@ def test_windows_end_at_fixed_positions() -> None:
     feed = Feed(4)
     feed.add(*line("a", 0, 10))
     assert feed.names() == ["a0 a1 a2 a3", "a4 a5 a6 a7"]
-    assert [[b.hash for b in rest] for rest in feed.packer.take_idle(0.0)] == [[b"a8", b"a9"]]
+    assert [[b.hash for b in rest] for rest in feed.packer.take_due(0.0, 0.0)] == [[b"a8", b"a9"]]
     assert not feed.packer
 
 
@@ -165,14 +166,22 @@ def test_chains_that_part_within_a_window_make_a_pack_each() -> None:
     assert feed.names() == ["c2 c3", "a0 a1 b2 b3"]
 
 
-def test_only_windows_that_nothing_came_for_are_idle() -> None:
+def test_only_windows_that_nothing_came_for_are_due() -> None:
     feed = Feed(4)
     feed.add(*line("a", 0, 2), now=1.0)
     feed.add(*line("b", 0, 2), now=1.0)
     feed.add(*line("b", 2, 3), now=2.0)
-    assert feed.packer.oldest() == 1.0
-    assert [pack[0].hash for pack in feed.packer.take_idle(1.5)] == [b"a0"]
-    assert feed.packer.oldest() == 2.0
+    assert feed.packer.next_due(5.0) == 6.0
+    assert [pack[0].hash for pack in feed.packer.take_due(6.5, 5.0)] == [b"a0"]
+    assert feed.packer.next_due(5.0) == 7.0
+
+
+def test_a_window_that_grows_for_ever_is_due_some_time() -> None:
+    """Generation completes a block now and then: its window waits, but not without end."""
+    feed = Feed(1024)
+    for place, item in enumerate(line("a", 0, 100)):
+        feed.add(item, now=float(place))
+    assert feed.packer.next_due(5.0) == 60.0
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -189,7 +198,7 @@ def test_whatever_the_order_every_block_lands_in_one_pack(seed: int) -> None:
     order = rng.sample(tree, len(tree)) if rng.random() < 0.5 else tree
     feed = Feed()
     feed.add(*order)
-    packs = feed.packs + feed.packer.take_idle(0.0)
+    packs = feed.packs + feed.packer.take_due(0.0, 0.0)
     assert sorted(item.hash for pack in packs for item in pack) == sorted(by_hash)
     for pack in packs:
         assert [by_hash[item.parent] for item in pack[1:]] == pack[:-1]
@@ -219,22 +228,37 @@ def places(pack: Pack) -> list[Location]:
 
 def test_neighbours_share_a_range_and_distant_blocks_do_not() -> None:
     near, far = MAX_GAP_BYTES, MAX_GAP_BYTES + 1
-    plans = plan_ranges(places(pack_of(1, [10] * 4, gaps=[0, near, far, 0])))
+    plans = plan_ranges(places(pack_of(1, [10] * 4, gaps=[0, near, far, 0])), 8)
     assert [[place.hash[1] for place in plan.blocks] for plan in plans] == [[0, 1], [2, 3]]
     assert [(plan.offset, plan.length) for plan in plans] == [(16, 20 + near), (36 + near + far, 20)]
 
 
-def test_ranges_stay_below_the_limit_but_for_a_single_large_block() -> None:
+def test_ranges_are_as_many_as_the_connections_but_not_small() -> None:
     mib = 1 << 20
-    plans = plan_ranges(places(pack_of(1, [6 * mib] * 5)) + places(pack_of(2, [40 * mib, mib])))
-    assert [len(plan.blocks) for plan in plans] == [2, 2, 1, 1, 1]
-    assert [plan.length // mib for plan in plans] == [12, 12, 6, 40, 1]
+    wanted = places(pack_of(1, [6 * mib] * 5)) + places(pack_of(2, [40 * mib, mib]))
+    assert [plan.length // mib for plan in plan_ranges(wanted, 5)] == [12, 12, 6, 40, 1]
+    assert [plan.length // mib for plan in plan_ranges(wanted, 1)] == [30, 41]
+    assert [plan.length // mib for plan in plan_ranges(wanted, 1000)] == [6] * 5 + [40, 1]
+
+
+@pytest.mark.parametrize(("tokens", "fewest", "most"), [(65_536, 64, 70), (8_192, 32, 40), (1_024, 8, 16)])
+def test_requests_for_prefixes_of_an_8b_model(tokens: int, fewest: int, most: int) -> None:
+    """The whole prefix costs a request a pack, a short one uses the connections."""
+    layout = BlockLayout("bfloat16", tokens_per_block=32, layers=32, kv_factor=2, row_elements=32 * 1024)
+    assert layout.block_bytes == 32 * 131_072
+    window = window_blocks(layout)
+    packs = [
+        pack_of(number, [int(layout.block_bytes / 1.47)] * window)
+        for number in range(tokens // layout.tokens_per_block // window)
+    ]
+    plans = plan_ranges([place for pack in packs for place in places(pack)], 32)
+    assert fewest <= len(plans) <= most
 
 
 @given(
     st.lists(
         st.lists(
-            st.tuples(st.integers(0, 3 * MAX_GAP_BYTES), st.integers(1, MAX_RANGE_BYTES)),
+            st.tuples(st.integers(0, 3 * MAX_GAP_BYTES), st.integers(1, 2 * RANGE_BYTES[0])),
             min_size=1,
             max_size=9,
         ),
@@ -247,7 +271,8 @@ def test_plans_cover_each_block_once(shapes: list[list[tuple[int, int]]], rng: r
     packs = [pack_of(n, [s[1] for s in shape], [s[0] for s in shape]) for n, shape in enumerate(shapes)]
     wanted = [place for pack in packs for place in places(pack)]
     rng.shuffle(wanted)
-    plans = plan_ranges(wanted)
+    connections = rng.randint(1, 40)
+    plans = plan_ranges(wanted, connections)
     assert sorted(place.hash for plan in plans for place in plan.blocks) == sorted(
         place.hash for place in wanted
     )
@@ -257,7 +282,8 @@ def test_plans_cover_each_block_once(shapes: list[list[tuple[int, int]]], rng: r
             assert place.pack is plan.pack
             assert plan.offset <= place.offset
             assert place.offset + place.length <= plan.offset + plan.length
-        assert plan.length <= MAX_RANGE_BYTES or len(plan.blocks) == 1
+        total = sum(place.length for place in wanted)
+        assert plan.length <= max(RANGE_BYTES[0], total // connections) or len(plan.blocks) == 1
 
 
 def test_pool_runs_calls_on_as_many_threads_as_it_may() -> None:

@@ -20,7 +20,8 @@ from kvtier.tiers.base import StoredBlock
 
 MAX_PACK_BLOCKS = 1024
 PACK_TOKENS = 1024
-PACK_BYTES = 16 << 20
+PACK_BYTES = 96 << 20
+"""1,024 tokens of an 8B model in bf16; a PUT for each 16 MiB would cost half of what computing them does."""
 EXPECTED_RATIO = 1.4
 """Compression that the size of a pack is planned with; a little below what bf16 reaches (1.47)."""
 
@@ -82,7 +83,7 @@ class Pack:
 
 
 def window_blocks(layout: BlockLayout) -> int:
-    """Return how many blocks a whole pack holds: a power of two, at most 1,024 tokens and about 16 MiB.
+    """Return how many blocks a whole pack holds: a power of two, at most 1,024 tokens and about 96 MiB.
 
     Packs are cut where a block's position is a multiple of it, so that replicas cut alike.
     """
@@ -93,6 +94,11 @@ def window_blocks(layout: BlockLayout) -> int:
     ):
         window *= 2
     return window
+
+
+def window_bytes(layout: BlockLayout) -> int:
+    """Return about how many bytes a whole pack has."""
+    return int(window_blocks(layout) * layout.block_bytes / EXPECTED_RATIO)
 
 
 def pack_name(hashes: Sequence[bytes], salt: bytes = b"") -> bytes:

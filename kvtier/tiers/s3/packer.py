@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from kvtier.tiers.base import StoredBlock
 
+_LONGEST_DELAYS = 12
+
 
 @dataclass(eq=False, slots=True)
 class Window:
@@ -14,11 +16,17 @@ class Window:
 
     Attributes:
         blocks: In the chain's order.
-        touched: When the last block came, monotonic seconds.
+        begun: When the first block came, monotonic seconds.
+        touched: When the last block came.
     """
 
     blocks: list[StoredBlock] = field(default_factory=list)
+    begun: float = 0.0
     touched: float = 0.0
+
+    def due(self, delay: float) -> float:
+        """Return when to stop waiting for more: `delay` after the last block, twelve times that at most."""
+        return min(self.touched + delay, self.begun + delay * _LONGEST_DELAYS)
 
 
 class Packer:
@@ -56,13 +64,14 @@ class Packer:
         if window is not None:
             self._unlink(window)
         else:
-            window = Window()
+            window = Window(begun=now)
         window.blocks.append(block)
         if (block.position + 1) % self._window_blocks:
             follower = self._by_parent.get(block.hash)
             if follower is not None:
                 self._unlink(follower)
                 window.blocks += follower.blocks
+                window.begun = min(window.begun, follower.begun)
         window.touched = now
         if self._is_complete(window):
             return window.blocks
@@ -71,16 +80,16 @@ class Packer:
         self._by_parent[window.blocks[0].parent] = window
         return None
 
-    def take_idle(self, before: float) -> list[list[StoredBlock]]:
-        """Take out the windows that no block has come for since `before`."""
-        idle = [window for window in self._open if window.touched <= before]
-        for window in idle:
+    def take_due(self, now: float, delay: float) -> list[list[StoredBlock]]:
+        """Take out the windows that have waited long enough; see `Window.due`. With a delay of 0 all."""
+        due = [window for window in self._open if window.due(delay) <= now]
+        for window in due:
             self._unlink(window)
-        return [window.blocks for window in idle]
+        return [window.blocks for window in due]
 
-    def oldest(self) -> float | None:
-        """Return when the window that has waited longest was last touched, None if none is open."""
-        return min((window.touched for window in self._open), default=None)
+    def next_due(self, delay: float) -> float | None:
+        """Return when the next window will have waited long enough, None if none is open."""
+        return min((window.due(delay) for window in self._open), default=None)
 
     def _is_complete(self, window: Window) -> bool:
         first, last = window.blocks[0], window.blocks[-1]

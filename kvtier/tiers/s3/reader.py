@@ -23,7 +23,9 @@ from kvtier.tiers.s3.pool import DaemonPool
 
 _logger = logging.getLogger(__name__)
 
-MAX_RANGE_BYTES = 16 << 20
+RANGE_BYTES = (8 << 20, 96 << 20)
+"""A range is a read's bytes over all connections, within these: small reads need the connections, large ones
+should cost few requests."""
 MAX_GAP_BYTES = 64 << 10
 """Blocks closer than this are fetched together: a request costs more than the bytes between."""
 _SLOWEST_BYTES_PER_SECOND = 16 << 20
@@ -47,15 +49,18 @@ class RangePlan:
     blocks: list[Location] = field(default_factory=list)
 
 
-def plan_ranges(locations: Sequence[Location]) -> list[RangePlan]:
-    """Group blocks into ranged GETs of at most `MAX_RANGE_BYTES` (a larger block comes alone).
+def plan_ranges(locations: Sequence[Location], concurrency: int) -> list[RangePlan]:
+    """Group blocks into ranged GETs, about as many as can be under way at once.
 
     Args:
         locations: Blocks in the order in which they are wanted.
+        concurrency: Requests that can be under way at once.
 
     Returns:
         Ranges, in the order of the first block that was wanted of each pack.
     """
+    size = sum(location.length for location in locations)
+    longest = min(max(size // concurrency, RANGE_BYTES[0]), RANGE_BYTES[1])
     by_pack: dict[bytes, list[Location]] = {}
     for location in locations:
         by_pack.setdefault(location.pack.name, []).append(location)
@@ -67,7 +72,7 @@ def plan_ranges(locations: Sequence[Location]) -> list[RangePlan]:
             if (
                 plan is None
                 or location.offset - (plan.offset + plan.length) > MAX_GAP_BYTES
-                or end - plan.offset > MAX_RANGE_BYTES
+                or end - plan.offset > longest
             ):
                 plan = RangePlan(location.pack, location.offset, location.length)
                 plans.append(plan)
@@ -106,6 +111,7 @@ class BlockReader:
         self._health = health
         self._counters = counters
         self._pool = DaemonPool("kvtier-s3-read", concurrency)
+        self._concurrency = concurrency
         self._patience = patience
         self._buffers = threading.local()
 
@@ -114,7 +120,7 @@ class BlockReader:
         located = self._index.locate(hashes)
         if self._health.breaker.is_open:
             located = [None] * len(hashes)
-        plans = plan_ranges([location for location in located if location is not None])
+        plans = plan_ranges([location for location in located if location is not None], self._concurrency)
         size = sum(plan.length for plan in plans)
         deadline = time.monotonic() + self._patience + size / _SLOWEST_BYTES_PER_SECOND
         futures = [self._pool.submit(partial(self._fetch, plan, deliver, deadline)) for plan in plans]

@@ -16,15 +16,15 @@ from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.open_bucket import open_bucket
-from kvtier.tiers.s3.pack import window_blocks
+from kvtier.tiers.s3.pack import window_blocks, window_bytes
 from kvtier.tiers.s3.reader import BlockReader
 from kvtier.tiers.s3.uploader import Uploader
 
 _UPLOADS = 8
-_PACK_DELAY_SECONDS = 0.5
+_PACK_DELAY_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 30.0
-PENDING_BYTES = 256 << 20
-"""Default limit of the bytes that wait for upload."""
+_PENDING_PACKS = 8
+_PENDING_BYTES = 256 << 20
 
 
 class S3Tier:
@@ -48,8 +48,9 @@ class S3Tier:
         max_encoded_bytes: int,
         *,
         bucket: Bucket | None = None,
-        pending_limit: int = PENDING_BYTES,
+        pending_limit: int | None = None,
         longest_pause: float = _LONGEST_PAUSE_SECONDS,
+        pack_delay: float = _PACK_DELAY_SECONDS,
     ):
         """Start the tier. Nothing here waits for the network or fails because of it.
 
@@ -59,8 +60,9 @@ class S3Tier:
             layout: Geometry of a block; decides how many make a pack.
             max_encoded_bytes: No payload is longer; larger ones are refused, and never fetched.
             bucket: How to reach the bucket; None for what `config` says.
-            pending_limit: Bytes that may wait for upload.
+            pending_limit: Bytes that may wait for upload; None for eight packs, or 256 MiB if that is more.
             longest_pause: Seconds between attempts at a bucket that does not answer, at most.
+            pack_delay: Seconds after its last block until an incomplete pack is uploaded.
         """
         self._counters = Counters()
         self._bucket = bucket or open_bucket(config, self._counters)
@@ -101,8 +103,8 @@ class S3Tier:
             self._counters,
             window_blocks=window_blocks(layout),
             max_block_bytes=max_encoded_bytes,
-            pending_limit=pending_limit,
-            pack_delay=_PACK_DELAY_SECONDS,
+            pending_limit=pending_limit or max(_PENDING_BYTES, _PENDING_PACKS * window_bytes(layout)),
+            pack_delay=pack_delay,
             threads=min(_UPLOADS, config.concurrency),
         )
         self._closed = False

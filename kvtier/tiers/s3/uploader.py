@@ -152,7 +152,7 @@ class Uploader:
         deadline = time.monotonic() + timeout
         with self._changed:
             lost = self._lost
-            self._seal(self._packer.take_idle(time.monotonic()))
+            self._seal(self._packer.take_due(time.monotonic(), 0.0))
             waited_for = set(self._jobs)
             self._flushes += 1
             self._changed.notify_all()
@@ -214,7 +214,7 @@ class Uploader:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
-                self._seal(self._packer.take_idle(now - self._pack_delay))
+                self._seal(self._packer.take_due(now, self._pack_delay))
                 task = self._due_task(now) if self._started else None
                 if task is not None:
                     return task
@@ -239,10 +239,9 @@ class Uploader:
         if self._unpublished and not self._publishing:
             times.append(self._publish_at)
         wait = max(min(times) - now, self._health.breaker.wait_seconds()) if times else None
-        touched = self._packer.oldest()
-        if touched is not None:
-            seal = touched + self._pack_delay - now
-            wait = seal if wait is None else min(wait, seal)
+        due = self._packer.next_due(self._pack_delay)
+        if due is not None:
+            wait = due - now if wait is None else min(wait, due - now)
         return None if wait is None else max(wait, _SHORTEST_PAUSE)
 
     def _upload(self, job: PackJob) -> None:
