@@ -31,7 +31,7 @@ PATIENT = Deadlines(match=20.0, call=20.0)
 PROCESSES = multiprocessing.get_context("forkserver")
 """Starts processes from one that has imported everything already: an agent then starts in milliseconds."""
 
-PROCESSES.set_forkserver_preload(["tests.agent_support"])
+PROCESSES.set_forkserver_preload(["tests.agent_support", "kvtier.engine", "kvtier.trtllm"])
 
 
 def namespace_of(layout: BlockLayout = LAYOUT, **facts: object) -> Namespace:

@@ -114,14 +114,18 @@ class CacheManager:
         window = self._memory.windows[group]
         return 0 if window is None else max(0, (position - window + 1) // self._tokens_per_block)
 
-    def poison(self, sequence: Sequence, tokens: int) -> None:
-        """Fill the pages that are about to be computed with garbage, as recycled memory might hold."""
+    def take_fresh(self, sequence: Sequence, tokens: int) -> list[tuple[int, int]]:
+        """Return group and page of a request's pages that hold nothing valid yet, once.
+
+        The pages up to `tokens` are about to be computed. Recycled memory holds garbage there, and the
+        engine puts some, so that reading it shows.
+        """
+        fresh = []
         for block in sequence.blocks[: self.blocks_for(tokens)]:
-            if block.fresh and self._config.poison:
-                for group, page in enumerate(block.pages):
-                    if page != NO_PAGE:
-                        self._memory.fill(group, page)
+            if block.fresh:
+                fresh += [(group, page) for group, page in enumerate(block.pages) if page != NO_PAGE]
             block.fresh = False
+        return fresh if self._config.poison else []
 
     def commit(self, sequence: Sequence) -> None:
         """Offer a request's valid full blocks for reuse."""

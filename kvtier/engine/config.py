@@ -43,6 +43,8 @@ class EngineConfig:
             some builds of 1.2 do. Not all of their pages are computed.
         poison: Fill newly allocated pages with 0xFF before they are computed, as recycled memory might be.
         device: Where the KV pool lies, and the model must lie.
+        tensor_parallel_size: Ranks, each with its heads' part of the pool, and all but the first in a process
+            of its own. These start from Python's forkserver: a script needs its `__main__` guard.
     """
 
     num_blocks: int = 256
@@ -61,6 +63,7 @@ class EngineConfig:
     announce_cancelled: bool = False
     poison: bool = True
     device: str = "cpu"
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         """Check that the settings go together.
@@ -76,8 +79,15 @@ class EngineConfig:
             raise ValueError('window needs layout="groups"')
         if self.max_tokens_per_step is not None and self.max_tokens_per_step < self.tokens_per_block:
             raise ValueError("max_tokens_per_step must be at least tokens_per_block")
-        if min(self.num_blocks, self.tokens_per_block, self.max_batch_size, self.num_groups) < 1:
-            raise ValueError("num_blocks, tokens_per_block, max_batch_size and num_groups must be positive")
+        for name in (
+            "num_blocks",
+            "tokens_per_block",
+            "max_batch_size",
+            "num_groups",
+            "tensor_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive")
 
     @property
     def by_group(self) -> bool:

@@ -3,68 +3,86 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from kvtier.engine.config import EngineConfig
-from kvtier.engine.memory import KVMemory
 from kvtier.engine.model import Model
+from kvtier.engine.ranks import Ranks
 from kvtier.engine.sequence import RequestView, Sequence
 
-WARM_UP_FORWARDS = 2
+
+class _Transfers:
+    """Asynchronous loads, or saves: those begun since the last poll, and those under way on some rank."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._new: dict[int, Sequence] = {}
+        self._told: dict[int, Sequence] = {}
+        self._waiting: dict[int, set[int]] = {}
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._new or request_id in self._told
+
+    def begin(self, sequence: Sequence) -> None:
+        self._new[sequence.id] = sequence
+
+    def tell(self) -> list[int]:
+        """Return the ids that the workers have not been told of."""
+        new, self._new = self._new, {}
+        self._told.update(new)
+        self._waiting.update({request_id: set(range(self._ranks)) for request_id in new})
+        return list(new)
+
+    def end(self, reports: Iterable[list[int]]) -> list[Sequence]:
+        """Take the ids that each rank reports, and return the requests that all ranks have reported.
+
+        Raises:
+            KeyError: A rank names an id that it was not given, or names it twice.
+        """
+        over = []
+        for rank, reported in enumerate(reports):
+            for request_id in reported:
+                self._waiting[request_id].remove(rank)
+                if not self._waiting[request_id]:
+                    del self._waiting[request_id]
+                    over.append(self._told.pop(request_id))
+        return over
 
 
 class Connector:
-    """One leader and one worker, and the asynchronous transfers that they have been told of.
+    """A leader, a worker on each rank, and the asynchronous transfers that they have been told of.
 
     Attributes:
         leader: The instance of the leader class.
-        worker: The instance of the worker class.
+        worker: Rank 0's instance of the worker class.
         metadata_bytes: Size of the last pickled metadata.
         max_metadata_bytes: Size of the largest.
     """
 
-    def __init__(self, leader_class: type, worker_class: type, llm_args: Any, config: EngineConfig) -> None:
-        """Construct both halves at the same time, in two threads, as upstream does."""
+    def __init__(
+        self, leader_class: type, worker_class: type, llm_args: Any, config: EngineConfig, ranks: Ranks
+    ) -> None:
+        """Construct rank 0's halves at the same time, in two threads, as upstream does."""
         self._config = config
+        self._ranks = ranks
         self._by_group = config.by_group
         self._views: dict[int, RequestView] = {}
-        self._new_loading: dict[int, Sequence] = {}
-        self._new_saving: dict[int, Sequence] = {}
-        self._loading: dict[int, Sequence] = {}
-        self._saving: dict[int, Sequence] = {}
+        self._loading = _Transfers(config.tensor_parallel_size)
+        self._saving = _Transfers(config.tensor_parallel_size)
         self.metadata_bytes = self.max_metadata_bytes = 0
         with ThreadPoolExecutor(2) as pool:
             leader = pool.submit(leader_class, llm_args)
             worker = pool.submit(worker_class, llm_args)
             self.leader: Any = leader.result()
             self.worker: Any = worker.result()
-        self._forward_pass_callable: Any = None
 
-    def warm_up(self) -> None:
-        """Fetch the forward-pass callable and fire it as warm-up forwards do: before any registration."""
-        if self._config.version != "1.1":
-            self._forward_pass_callable = self.worker.register_forward_pass_callable()
-        for _ in range(WARM_UP_FORWARDS):
-            self.forward_passed()
-
-    def register(self, memory: KVMemory) -> None:
-        """Show the pool to the worker."""
-        if memory.layout is not None:
-            self.worker.register_kv_cache_layout(memory.layout)
-        else:
-            self.worker.register_kv_caches(memory.tensor)
+    def wait_for_initialization(self) -> None:
+        """Let the leader wait for what it needs, on releases that do."""
         if self._config.version in ("1.3", "main"):
             self.leader.wait_for_initialization()
-
-    def forward_passed(self) -> None:
-        """Fire the forward-pass callable, if there is one."""
-        if self._forward_pass_callable is not None:
-            self._forward_pass_callable()
 
     def query(self, sequence: Sequence, computed: int) -> tuple[int, bool]:
         """Ask how many tokens beyond `computed` can be loaded, and whether asynchronously.
@@ -86,7 +104,7 @@ class Connector:
         """Note what the engine takes of an offer; an asynchronous load runs even if nothing is taken."""
         self.view(sequence).py_num_connector_matched_tokens = tokens
         if asynchronous:
-            self._new_loading[sequence.id] = sequence
+            self._loading.begin(sequence)
 
     def allocated(self, sequence: Sequence) -> None:
         """Tell the leader which pages the request has."""
@@ -96,14 +114,12 @@ class Connector:
         else:
             self.leader.update_state_after_alloc(self.view(sequence), pages[0])
 
-    def begin_batch(self, output: Any, stream: Any) -> None:
-        """Have the metadata built, send it through pickle to the worker, and let it start loading."""
+    def begin_batch(self, output: Any) -> None:
+        """Have the metadata built, send it through pickle to all workers, and let them start loading."""
         data = pickle.dumps(self.leader.build_connector_meta(output))
         self.metadata_bytes = len(data)
         self.max_metadata_bytes = max(self.max_metadata_bytes, len(data))
-        # The bytes come from the line above, not from outside.
-        self.worker.bind_connector_meta(pickle.loads(data))  # noqa: S301
-        self.worker.start_load_kv(stream)
+        self._ranks.begin(data)
 
     def finished(self, sequence: Sequence) -> bool:
         """Tell the leader that a request has ended by itself; True when its pages must stay for saving."""
@@ -114,27 +130,26 @@ class Connector:
         else:
             saving = self.leader.request_finished(view, pages[0])
         if saving:
-            self._new_saving[sequence.id] = sequence
+            self._saving.begin(sequence)
         self._views.pop(sequence.id, None)
         return bool(saving)
 
     def transferring(self, sequence: Sequence) -> bool:
         """Whether an asynchronous load or save of this request is not known to be over."""
-        transfers = (self._new_loading, self._new_saving, self._loading, self._saving)
-        return any(sequence.id in requests for requests in transfers)
+        return sequence.id in self._loading or sequence.id in self._saving
 
     def poll(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Ask the worker which saves and loads are over; this happens in every iteration.
+        """Ask the workers which saves and loads are over; this happens in every iteration.
+
+        Returns:
+            Those that all ranks have reported.
 
         Raises:
-            KeyError: The worker names an id that it was not given, or names it twice.
+            KeyError: A worker names an id that it was not given, or names it twice.
         """
-        finished, started = list(self._new_saving), list(self._new_loading)
-        self._saving.update(self._new_saving)
-        self._loading.update(self._new_loading)
-        self._new_saving, self._new_loading = {}, {}
-        saved, loaded = self.worker.get_finished(finished, started)
-        return [self._saving.pop(i) for i in saved], [self._loading.pop(i) for i in loaded]
+        reports = self._ranks.poll(self._saving.tell(), self._loading.tell())
+        saved = self._saving.end(saved for saved, _ in reports)
+        return saved, self._loading.end(loaded for _, loaded in reports)
 
     def view(self, sequence: Sequence) -> RequestView:
         """Return the request object that leader methods get for a request."""
@@ -148,15 +163,22 @@ class Connector:
         self._views.pop(sequence.id, None)
 
 
-def make_llm_args(model: Model, config: EngineConfig, extra: Mapping[str, Any] | None) -> SimpleNamespace:
-    """Return what connector constructors get: the arguments of the LLM API that matter here."""
+def make_llm_args(
+    model: Model, config: EngineConfig, extra: Mapping[str, Any] | None, rank: int = 0
+) -> SimpleNamespace:
+    """Return what a rank's connector constructors get: the arguments of the LLM API that matter here.
+
+    Without the real engine's helpers a process finds its rank in `parallel_config`.
+    """
+    ranks = config.tensor_parallel_size
     dtype = "fp8" if config.kv_dtype.startswith("float8") else config.kv_dtype
     arguments = SimpleNamespace(
         model=model.path,
         dtype="auto",
         backend="pytorch",
-        tensor_parallel_size=1,
+        tensor_parallel_size=ranks,
         pipeline_parallel_size=1,
+        parallel_config=SimpleNamespace(world_size=ranks, tp_size=ranks, rank=rank),
         enable_attention_dp=False,
         enable_chunked_prefill=config.max_tokens_per_step is not None,
         disable_overlap_scheduler=not config.overlap,
@@ -176,8 +198,3 @@ def make_llm_args(model: Model, config: EngineConfig, extra: Mapping[str, Any] |
     for name, value in (extra or {}).items():
         setattr(arguments, name, value)
     return arguments
-
-
-def current_stream(device: torch.device) -> Any:
-    """Return the current CUDA stream, or None on a CPU."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None

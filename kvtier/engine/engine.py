@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from kvtier.engine.cache import CacheManager
 from kvtier.engine.config import EngineConfig, Finished, Metrics, Request
-from kvtier.engine.connector import Connector, current_stream, make_llm_args
-from kvtier.engine.memory import KVMemory
+from kvtier.engine.connector import Connector, make_llm_args
+from kvtier.engine.group import RankLost
 from kvtier.engine.model import Model, Span
+from kvtier.engine.rank import Work
+from kvtier.engine.ranks import Ranks
 from kvtier.engine.scheduler import Batch, Scheduler
 from kvtier.engine.sequence import Sequence, State
 from kvtier.engine.versions import Reporter
@@ -34,8 +34,9 @@ class Engine:
     is dead; one in a layer hook or `wait_for_save` fails every active request.
 
     Attributes:
-        memory: The KV pool.
-        connector: The two halves of the connector, or None.
+        ranks: Who computes.
+        memory: Rank 0's KV pool.
+        connector: The connector, or None.
         scheduler: Who waits, who runs.
         cache: Who holds which pages.
         iterations: Iterations so far.
@@ -65,13 +66,20 @@ class Engine:
         self.model = model
         self.config = config = config or EngineConfig()
         self.connector: Connector | None = None
-        if leader_class is not None and worker_class is not None:
-            arguments = make_llm_args(model, config, llm_args)
-            self.connector = Connector(leader_class, worker_class, arguments, config)
-            self.connector.warm_up()
-        self.memory = KVMemory(model.spec, config)
-        if self.connector is not None:
-            self.connector.register(self.memory)
+        arguments = [
+            make_llm_args(model, config, llm_args, rank) for rank in range(config.tensor_parallel_size)
+        ]
+        self.ranks = Ranks(model, config, worker_class, arguments)
+        try:
+            if leader_class is not None and worker_class is not None:
+                self.connector = Connector(leader_class, worker_class, arguments[0], config, self.ranks)
+            self.ranks.open(self.connector.worker if self.connector is not None else None)
+            if self.connector is not None:
+                self.connector.wait_for_initialization()
+        except BaseException:
+            self.ranks.close()
+            raise
+        self.memory = self.ranks.here.memory
         self._reporter = Reporter(config.version, config.tokens_per_block, config.by_group)
         self.cache = CacheManager(config, self.memory, self.connector, self._reporter)
         self.scheduler = Scheduler(config, self.cache, self._reporter)
@@ -82,8 +90,6 @@ class Engine:
         self._events: list[Finished] = []
         self._dead: str | None = None
         self.iterations = self.forwards = 0
-        cuda = self.memory.device.type == "cuda"
-        self._execution_stream = torch.cuda.Stream(self.memory.device) if cuda else None  # type: ignore[no-untyped-call]
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id.
@@ -150,8 +156,12 @@ class Engine:
         return events
 
     def close(self) -> None:
-        """Refuse further steps. No release tells a connector that the engine ends, nor is it told here."""
+        """Refuse further steps, and end the other ranks' processes.
+
+        No release tells a connector that the engine ends, nor is it told here.
+        """
         self._dead = "the engine is closed"
+        self.ranks.close()
 
     def step(self) -> list[Finished]:
         """Run one iteration and return the requests that ended in it.
@@ -183,7 +193,7 @@ class Engine:
             running = batch.without_loading()
             if self.connector is not None:
                 output = self._reporter.report(running.context, running.generation)
-                self.connector.begin_batch(output, current_stream(self.memory.device))
+                self.connector.begin_batch(output)
             batch = running
         launched = self._forward(batch) if batch else []
         if self.config.overlap:
@@ -195,15 +205,18 @@ class Engine:
 
     def _forward(self, batch: Batch) -> Launched:
         self.forwards += 1
+        garbage: list[tuple[int, int]] = []
         spans = []
         for sequence in batch.context:
-            spans.append(self._span(sequence, sequence.position, sequence.position + sequence.chunk))
+            spans.append(self._span(sequence, sequence.position, sequence.position + sequence.chunk, garbage))
         for sequence in batch.generation:
             last = len(sequence.device_tokens)
-            spans.append(self._span(sequence, last - 1, last))
+            spans.append(self._span(sequence, last - 1, last, garbage))
         hooks = not (self.config.graph_decode and not batch.context)
         try:
-            tokens = self._compute(spans, hooks)
+            tokens = self.ranks.forward(Work(spans, garbage, hooks))
+        except RankLost:
+            raise
         except Exception as error:
             # Upstream answers every active request with an error and goes on.
             logger.exception("the forward pass failed")
@@ -222,37 +235,12 @@ class Engine:
             launched.append((sequence, token))
         return launched
 
-    def _span(self, sequence: Sequence, start: int, end: int) -> Span:
-        self.cache.poison(sequence, end)
+    def _span(self, sequence: Sequence, start: int, end: int, garbage: list[tuple[int, int]]) -> Span:
+        garbage += self.cache.take_fresh(sequence, end)
         count = self.cache.blocks_for(end)
         pages = [sequence.pages(group)[:count] for group in range(sequence.num_groups)]
         sample = end >= sequence.prompt_len
         return Span(sequence.device_tokens, start, end, pages, sample, sequence.request)
-
-    def _compute(self, spans: list[Span], hooks: bool) -> list[int | None]:
-        device = self.memory.device
-        current = current_stream(device)
-        if self._execution_stream is not None:
-            self._execution_stream.wait_stream(current)
-        with torch.cuda.stream(self._execution_stream):
-            stream = current_stream(device)
-
-            def before(layer: int) -> None:
-                if hooks and self.connector is not None:
-                    self.connector.worker.wait_for_layer_load(layer, stream)
-
-            def after(layer: int) -> None:
-                if hooks and self.connector is not None:
-                    self.connector.worker.save_kv_layer(layer, stream)
-
-            tokens = self.model.forward(spans, self.memory, before, after)
-            if self.connector is not None:
-                self.connector.forward_passed()
-        if self._execution_stream is not None:
-            current.wait_stream(self._execution_stream)
-        if self.connector is not None:
-            self.connector.worker.wait_for_save(current)
-        return tokens
 
     def _process(self, launched: Launched) -> None:
         """Look at the tokens of a forward: append them, end requests, offer prompts for reuse."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import xxhash
 
 from kvtier.engine.config import ModelSpec, Request
+from kvtier.engine.group import Group, kv_heads_of
 from kvtier.engine.memory import KVMemory
 from kvtier.engine.model import LayerHook, Span
 
@@ -28,6 +32,9 @@ class HashModel:
     The KV of a position is a pure function of the tokens up to it, the LoRA id, the multimodal items, and the
     cache salt (a real model's KV does not depend on the salt; here it does, so that sharing across salts
     shows). The bytes take every value, NaNs included, or with `finite` look like small normal floats.
+
+    Of several ranks each has its heads' part of these bytes, and the next token is a hash of what all ranks
+    read back: it differs between numbers of ranks.
     """
 
     def __init__(
@@ -42,6 +49,9 @@ class HashModel:
     ) -> None:
         """Create the model; with `directory`, also write a `config.json` and a weights file there."""
         self.spec = ModelSpec(layers, kv_heads, head_dim, vocab_size)
+        self._kv_heads = kv_heads
+        self._held: Sequence[int] | None = None
+        self._group: Group | None = None
         self.finite = finite
         self.path = str(directory) if directory is not None else "hash-model"
         if directory is not None:
@@ -61,19 +71,38 @@ class HashModel:
                     if reader is not None:
                         reader.update(_read(rows, memory, layer, span))
             after_layer(layer)
-        return [None if reader is None else reader.intdigest() % self.spec.vocab_size for reader in readers]
+        digests = [0 if reader is None else reader.intdigest() for reader in readers]
+        if self._group is not None:
+            parts = self._group.all_gather(struct.pack(f"<{len(digests)}Q", *digests))
+            by_rank = [struct.unpack(f"<{len(digests)}Q", part) for part in parts]
+            by_span = zip(*by_rank, strict=True)
+            digests = [xxhash.xxh3_64_intdigest(struct.pack(f"<{len(parts)}Q", *read)) for read in by_span]
+        return [
+            digest % self.spec.vocab_size if span.sample else None
+            for span, digest in zip(spans, digests, strict=True)
+        ]
+
+    def shard(self, group: Group) -> HashModel:
+        """See `kvtier.engine.model.Model`."""
+        part = copy.copy(self)
+        part._group = group
+        part._held = kv_heads_of(group.rank, group.ranks, self._kv_heads)
+        part.spec = replace(self.spec, kv_heads=len(part._held))
+        return part
 
     def kv_row(self, state: Words, layer: int, kind: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the K (kind 0) or V (1) of positions, `[len(state), kv_heads, head_dim]` of `dtype`."""
-        heads, dim = self.spec.kv_heads, self.spec.head_dim
+        heads, dim = self._kv_heads, self.spec.head_dim
         words = -(-heads * dim * dtype.itemsize // 8)
         tags = np.arange(words, dtype=np.uint64) + np.uint64((2 * layer + kind) * words + 1)
         mixed = _mix(state[:, None] + tags[None, :] * _STEP)
         raw = mixed.view(np.uint8).reshape(len(state), -1)[:, : heads * dim * dtype.itemsize]
         if self.finite:
             values = (raw[:, :: dtype.itemsize].astype(np.float32) - 127.5) / 64
-            return torch.from_numpy(values).to(dtype).view(-1, heads, dim)
-        return torch.from_numpy(np.ascontiguousarray(raw)).view(dtype).view(-1, heads, dim)
+            rows = torch.from_numpy(values).to(dtype).view(-1, heads, dim)
+        else:
+            rows = torch.from_numpy(np.ascontiguousarray(raw)).view(dtype).view(-1, heads, dim)
+        return rows if self._held is None else rows.view(torch.uint8)[:, self._held].view(dtype)
 
     def _write(
         self, rows: torch.Tensor, memory: KVMemory, layer: int, kind: int, span: Span, state: Words

@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from kvtier.engine.config import ModelSpec
+from kvtier.engine.group import Group
 from kvtier.engine.memory import KVMemory
 from kvtier.engine.model import LayerHook, Span
 from kvtier.engine.weights import load_tensors, model_dir
@@ -134,6 +135,7 @@ class LlamaModel:
                 )
             )
         self._rope: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
+        self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         if self.device.type == "cpu":
             count = threads or len(os.sched_getaffinity(0))
@@ -159,10 +161,30 @@ class LlamaModel:
             self._each(partial(self._project, layer, weights, memory), tiles)
             read = self._each(partial(_read_context, layer, memory), spans)
             contexts = {id(span): context for span, context in zip(spans, read, strict=True)}
-            self._each(partial(self._attend, memory.window_of(layer), weights, contexts), tiles)
+            self._finish_layer(partial(self._attend, memory.window_of(layer), contexts), weights, tiles)
             after_layer(layer)
         last = [part[-1] if part[-1].span.sample else None for part in tiled]
         return self._each(self._predict, last)
+
+    def shard(self, group: Group) -> LlamaModel:
+        """See `kvtier.engine.model.Model`."""
+        from kvtier.engine.llama_shard import LlamaShard
+
+        return LlamaShard(self, group)
+
+    def __reduce__(self) -> tuple[type[LlamaModel], tuple[str, str, int | None]]:
+        """Other processes map the weights themselves."""
+        return LlamaModel, (self.path, str(self.device), self._threads)
+
+    def _finish_layer(
+        self, attend: Callable[[Tile], torch.Tensor], weights: LayerWeights, tiles: Sequence[Tile]
+    ) -> None:
+        """Attend, and compute the rest of a layer, tile by tile."""
+
+        def finish(tile: Tile) -> None:
+            self._contract(weights, tile, self._expand(weights, tile, attend(tile)))
+
+        self._each(finish, tiles)
 
     def _each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         if self._pool is None:
@@ -199,13 +221,9 @@ class LlamaModel:
 
     @torch.inference_mode()
     def _attend(
-        self,
-        window: int | None,
-        weights: LayerWeights,
-        contexts: dict[int, tuple[torch.Tensor, torch.Tensor]],
-        tile: Tile,
-    ) -> None:
-        """Compute the rest of a layer for a tile, attending to everything up to the tile's end."""
+        self, window: int | None, contexts: dict[int, tuple[torch.Tensor, torch.Tensor]], tile: Tile
+    ) -> torch.Tensor:
+        """Return what a tile's heads see of everything up to its end, `[rows, heads * head_dim]`."""
         heads, rows, dim = tile.query.shape
         keys, values = (part[: (tile.block + 1) * rows] for part in contexts[id(tile.span)])
         grouped = tile.query.view(self.config.kv_heads, -1, dim)
@@ -218,11 +236,20 @@ class LlamaModel:
             scores.masked_fill_(columns <= own[:, None] + len(keys) - rows - window, float("-inf"))
         shares = scores.softmax(dim=-1).view(len(grouped), -1, len(keys))
         mixed = torch.bmm(shares, values.transpose(0, 1)).view(heads, rows, dim)
-        attended = mixed.transpose(0, 1).reshape(rows, -1)
-        hidden = tile.hidden + functional.linear(attended, weights.output)
-        normed = self._normalize(hidden, weights.post_norm)
+        return mixed.transpose(0, 1).reshape(rows, -1)
+
+    @torch.inference_mode()
+    def _expand(self, weights: LayerWeights, tile: Tile, attended: torch.Tensor) -> torch.Tensor:
+        """Add the attention of all heads to a tile; return its gated activations."""
+        tile.hidden = tile.hidden + functional.linear(attended, weights.output)
+        normed = self._normalize(tile.hidden, weights.post_norm)
         gate, up = functional.linear(normed, weights.gate_up).chunk(2, dim=-1)
-        tile.hidden = hidden + functional.linear(functional.silu(gate) * up, weights.down)
+        return functional.silu(gate) * up
+
+    @torch.inference_mode()
+    def _contract(self, weights: LayerWeights, tile: Tile, activated: torch.Tensor) -> None:
+        """Add what follows from all gated activations to a tile."""
+        tile.hidden = tile.hidden + functional.linear(activated, weights.down)
 
     @torch.inference_mode()
     def _predict(self, tile: Tile | None) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvtier.engine.config import ModelSpec, Request
+from kvtier.engine.group import Group
 from kvtier.engine.memory import KVMemory
 
 LayerHook = Callable[[int], None]
@@ -53,6 +54,14 @@ class Model(Protocol):
         how the work was cut into spans or which spans ran together.
 
         Returns:
-            For each span the next token, or None where none was wanted.
+            For each span the next token, or None where none was wanted; ranks other than the first may
+            return anything.
+        """
+        ...
+
+    def shard(self, group: Group) -> Model:
+        """Return the part of the model that one of several ranks computes; its spec tells its share.
+
+        Its `forward` runs on all ranks of the group at the same time.
         """
         ...

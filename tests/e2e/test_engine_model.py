@@ -213,3 +213,14 @@ def test_racing_conversions_leave_one_directory(tmp_path: Path, directory: Path)
         "tokenizer.json",
     ]
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+
+
+def test_ranks_compute_what_one_rank_computes(directory: Path, prompt: list[int]) -> None:
+    request = Request(prompt, max_new_tokens=4)
+    outputs = {}
+    for ranks in (1, 2, 4):
+        engine = Engine(load_model(directory, threads=1), EngineConfig(tensor_parallel_size=ranks))
+        assert engine.memory.keys[0].shape[1] == {1: 3, 2: 2, 4: 1}[ranks]
+        outputs[ranks] = answer(engine, request)
+        engine.close()
+    assert outputs[2] == outputs[4] == outputs[1]
