@@ -66,6 +66,7 @@ class TestEpochs:
         # The slots of the old lease do not change for a while, and its term runs.
         assert client.renew(old.lease)
         client.release(old.lease)
+        assert not client.renew(old.lease)
         client.commit(tickets)
         client.abort(tickets)
         assert client.stats()["leases"] == 1

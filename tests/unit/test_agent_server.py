@@ -96,11 +96,11 @@ class TestEngines:
         save(store_of(agent), chain(2))
         match = ranks[0].match(chain(2))
         assert match.lease
-        ranks[1].release(match.lease, 1)
-        ranks[1].release(match.lease, 1)
-        assert ranks[1].stats()["leases"] == 1
         ranks[0].release(match.lease, 0)
-        assert ranks[0].stats()["leases"] == 0
+        ranks[0].release(match.lease, 0)
+        assert ranks[0].stats()["leases"] == 1
+        ranks[1].release(match.lease, 1)
+        assert ranks[1].stats()["leases"] == 0
         for client in ranks:
             client.close(1)
 
@@ -121,11 +121,28 @@ class TestEngines:
     def test_engines_of_one_namespace_share_blocks_and_not_their_holdings(self, place, agent):
         first, second = place.connect(), place.connect()
         assert save(first, chain(4)) == 4
-        assert read(second, second.match(chain(4)).slots) == [content(block) for block in chain(4)]
-        assert first.match(chain(4)).lease
+        match = first.match(chain(4))
+        assert second.match(chain(4)).slots == match.slots
+        assert read(second, match.slots) == [content(block) for block in chain(4)]
+        tickets = first.reserve(ROOT, 0, chain(2, seed=1))
+        assert None not in second.reserve(ROOT, 0, chain(3, seed=2))
         second.close(1)
-        eventually(lambda: store_of(agent).stats()["leases"] == 1)
+        store = store_of(agent)
+        eventually(lambda: (store.stats()["leases"], store.stats()["filling_slots"]) == (1, 2))
+        first.commit(tickets)
+        assert len(first.match(chain(2, seed=1)).slots) == 2
         first.close(1)
+
+    def test_a_namespace_that_nobody_uses_any_more_leaves_its_memory_to_the_next(self, place, agent):
+        place.connect(namespace_of(a=1)).close(1)
+        eventually(lambda: len(agent.agent.sessions) == 0)
+        client = place.connect(namespace_of(a=2))
+        assert save(client, chain(16)) == 16
+        other = place.connect(namespace_of(a=3))
+        assert save(other, chain(16, seed=1)) == 8
+        assert len(client.match(chain(16)).slots) == 8
+        client.close(1)
+        other.close(1)
 
     def test_ranks_that_disagree_about_their_number_are_refused(self, place, agent, caplog):
         first = place.connect(group="engine", rank=0, ranks=2)
@@ -172,6 +189,10 @@ class TestLateAnswers:
             client.commit([1])
             client.abort([1])
         assert client.stats()["client_timeouts"] == 1
+        with client._link._lock:
+            # As while the client's thread asks the agent how it is.
+            assert client.match(chain(2)).slots == ()
+            client.release(1)
         gate.set()
         eventually(lambda: client.connected)
         assert read(client, client.match(chain(2)).slots) == [content(block) for block in chain(2)]
@@ -261,6 +282,21 @@ class TestWaiting:
             assert read(waiting, found[0].slots) == [content(block) for block in chain(3)]
             waiting.close(1)
             other.close(1)
+
+    def test_a_lease_that_comes_while_nobody_calls_is_released(self, place):
+        tier = self.fill(chain(3))
+        tier.open.clear()
+        with AgentThread(place, [tier]) as agent:
+            client = place.connect()
+            # It gives up before the lookup does.
+            client._deadlines = Deadlines(match=-29.9, call=20.0)
+            assert client.match(chain(3), wait=30).slots == ()
+            eventually(lambda: client.connected)
+            tier.open.set()
+            store = store_of(agent)
+            eventually(lambda: client._counters.snapshot().get("client_late_replies"))
+            eventually(lambda: store.stats()["leases"] == 0)
+            client.close(1)
 
     def test_an_engine_that_dies_while_its_lookup_waits_leaves_no_lease(self, place):
         tier = self.fill(chain(3))
@@ -432,13 +468,26 @@ class TestHostility:
         assert "runs as user" in answer.reason
 
     def test_an_agent_of_another_user_is_not_trusted(self, place, monkeypatch, caplog):
-        with AgentThread(place):
+        def other_user():
+            return os.getuid() + (threading.current_thread().name == "kvtier-agent-link")
+
+        with AgentThread(place) as agent:
             monkeypatch.setattr(connection, "check_directory", lambda directory: None)
-            monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+            monkeypatch.setattr(os, "geteuid", other_user)
             client = place.connect(wait=0)
             eventually(lambda: "cannot attach" in caplog.text and "runs as user" in caplog.text)
             assert not client.connected
+            assert len(agent.agent.sessions) == 0
             client.close(1)
+
+    def test_sockets_that_others_may_have_put_there_are_not_trusted(self, place, agent, caplog):
+        place.directory.chmod(0o777)
+        client = place.connect(wait=0)
+        eventually(lambda: "others may write" in caplog.text)
+        assert not client.connected
+        place.directory.chmod(0o700)
+        assert client.wait_connected(60)
+        client.close(1)
 
     def test_talk_on_the_door_after_the_handshake_is_ignored(self, place, agent):
         client = place.connect()
