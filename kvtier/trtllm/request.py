@@ -262,20 +262,18 @@ class RequestState:
         """Return the leading tokens that are valid once the promise, if any, is loaded.
 
         The position leaves out what was promised, in the pass that the promise is for. V1 honours all of it,
-        or, with block reuse off, nothing, which a position before the promise's start tells. V2 may honour
-        any part, and notes on the request how much.
+        or, with block reuse off, nothing, and then its positions lie as much too low. V2 may honour any part,
+        and notes on the request how much.
         """
         promise = self.promise
         if promise is None:
             return max(0, position)
         start = promise.first * self.tokens_per_block
         offered = len(promise.slots) * self.tokens_per_block
-        if position < start:
-            return max(0, position + offered)
         honoured = offered
         if grouped:
             honoured = as_int(dig(self.request, "py_num_connector_matched_tokens")) or 0
-        return max(position, min(position + honoured, start + offered))
+        return max(0, position, min(position + honoured, start + offered))
 
     def _valid_after(self, scheduled: int | None) -> int:
         if scheduled is None:

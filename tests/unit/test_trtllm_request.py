@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvtier.engine.versions import RequestData11, RequestData12, RequestDataMain
-from kvtier.hashing import chain_root, hash_blocks
+from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
 from kvtier.trtllm.pool import PageGroup
 from kvtier.trtllm.request import Identity, Promise, RequestState, salt_of
 from tests.trtllm_support import FakeRequest
@@ -49,6 +49,15 @@ def test_hashes_are_the_chain_of_the_tokens_however_they_arrive():
     assert known.hash_through(12) == expected
     assert known.hash_before(0) == chain_root(b"namespace")
     assert known.hash_before(3) == expected[2]
+
+
+def test_images_are_where_they_are_however_the_tokens_arrive():
+    items = (MultimodalItem(b"image", 9, 6), MultimodalItem(b"another", 25, 3))
+    known = state(identity=Identity(items=items))
+    for start in range(0, 40, 5):
+        known.advance(data(range(start, start + 5), [], start, 5), is_new=start == 0)
+        known.hash_through(len(known.tokens) // SIZE)
+    assert known.hashes == hash_blocks(chain_root(b"namespace"), list(range(40)), SIZE, multimodal=items)
 
 
 def test_hashes_of_other_tokens_are_forgotten():
@@ -164,6 +173,18 @@ def test_v1_tells_a_replayed_request_only_the_pages_beyond_those_it_told_before(
     known.see_allocation([[21, 22, 23, 24]])
     known.advance(data([1, 2, 3], [24], 0, 13), is_new=False)
     assert [known.pages_of(block, FLAT) for block in range(4)] == [(21,), (22,), (23,), (24,)]
+
+
+def test_a_page_told_beyond_those_known_stands_at_its_own_place():
+    known = state()
+    known.advance(data(range(10), [7, 8, 9], 0, 10), is_new=True)
+    known.see_allocation([[21]])
+    known.advance(data([1, 2, 3], [24], 0, 13), is_new=False)
+    assert [known.pages_of(block, FLAT) for block in range(4)] == [(21,), (-1,), (-1,), (24,)]
+    known.see_allocation([[31, 32, 33, 34, 35, 36]])
+    known.advance(data([1], [], 13, 1), is_new=False)
+    known.advance(data([1], [40], 14, 1), is_new=False)
+    assert [known.pages_of(block, FLAT) for block in range(6)] == [(31,), (32,), (33,), (34,), (40,), (36,)]
 
 
 def test_pages_of_groups_go_by_their_ids_as_lists_and_as_mapping():

@@ -299,6 +299,25 @@ def test_rule_13_content_without_a_name_is_neither_saved_nor_served(rig, unnamed
     assert rig.matched([*PROMPT, 7], **unnamed) == 0
 
 
+@pytest.mark.parametrize("version", ["1.1", "1.2"])
+def test_rule_13_content_without_a_name_leaves_no_tail_either(rig, version):
+    rig.version = version
+    request = FakeRequest(1, PROMPT, multimodal_embedding=torch.ones(2))
+    rig.prefill(request, range(5))
+    request.tokens.append(1)
+    assert rig.finish(request, range(6)) is False
+    assert rig.matched([*PROMPT, 1]) == 0
+
+
+def test_a_finished_request_with_other_tokens_than_it_had_leaves_no_tail(rig):
+    rig.version = "1.1"
+    request = FakeRequest(1, PROMPT)
+    rig.prefill(request, range(5))
+    request.tokens = [9, *PROMPT[1:], 1]
+    assert rig.finish(request, range(6)) is False
+    assert rig.matched(request.tokens) == 0
+
+
 def test_rule_13_what_the_engine_tells_only_after_the_promise_keeps_it_from_being_saved(rig):
     rig.prefill(FakeRequest(1, [*PROMPT[:SIZE], 7]), range(2))
     request = FakeRequest(2, [*PROMPT, 7])
@@ -569,6 +588,14 @@ def test_a_promise_with_a_page_outside_the_pool_stops_the_engine(rig):
         rig.begin(new=[rig.data(request, request.tokens, pages, 0, 1)])
         with pytest.raises(BrokenPromise, match="its pool has 32"):
             rig.worker.start_load_kv(None)
+
+
+def test_a_promise_without_a_page_stops_the_engine(rig):
+    rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+    request = FakeRequest(2, [*PROMPT, 7])
+    rig.leader.get_num_new_matched_tokens(request, 0)
+    with pytest.raises(BrokenPromise, match="block 3 and tells no page"):
+        rig.begin(new=[rig.data(request, request.tokens, [6, 7, 8], 0, 1)])
 
 
 def test_a_promise_whose_store_is_closed_stops_the_engine(rig):

@@ -109,6 +109,17 @@ def test_a_pool_registered_again_takes_the_place_of_the_first(opened):
     assert rig.matched(PROMPT) == 0
 
 
+def test_a_pool_of_another_shape_uses_the_slots_of_its_own_store(opened):
+    rig = make_rig()
+    rig.prefill(FakeRequest(1, PROMPT), range(6))
+    rig.pool = torch.zeros(32, LAYERS, 2, ROW, dtype=torch.float16)
+    rig.worker.register_kv_caches(rig.pool)
+    rig.prefill(FakeRequest(2, PROMPT), range(6), tag="second")
+    assert opened[1].stats()["saved_blocks"] == 5
+    assert rig.prefill(FakeRequest(3, PROMPT), range(10, 16)) == 5 * SIZE
+    assert rig.holds(10, ("second", PROMPT[:SIZE]))
+
+
 def test_engines_of_one_process_share_their_store_and_nothing_else(opened):
     arguments = llm_args()
     first, second = make_rig(arguments=arguments), make_rig(arguments=arguments)
@@ -121,6 +132,15 @@ def test_engines_of_one_process_share_their_store_and_nothing_else(opened):
     first.prefill(FakeRequest(1, PROMPT), range(6))
     assert second.matched(PROMPT) == 5 * SIZE
     assert other.matched(PROMPT) == 0
+
+
+def test_a_worker_joins_no_leader_of_another_model_or_configuration(opened, tmp_path, monkeypatch):
+    leader = KvTierConnectorLeader(llm_args())
+    assert KvTierConnectorWorker(llm_args(model="another/model"))._runtime is not leader._runtime
+    write_config(tmp_path, memory="2MiB")
+    assert KvTierConnectorWorker(llm_args())._runtime is not leader._runtime
+    write_config(tmp_path)
+    assert KvTierConnectorWorker(llm_args())._runtime is leader._runtime
 
 
 def test_requests_of_the_same_id_in_two_engines_do_not_meet(opened):
