@@ -10,6 +10,7 @@ from kvtier.agent import wire
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.hashing import HASH_BYTES
 from kvtier.store import Match
+from kvtier.store.tiered import Lookup
 
 Answer = bytes | None | Callable[[], bytes]
 _Later = Callable[[], wire.AnyReply]
@@ -83,16 +84,17 @@ class Desk:
         hashes = wire.split_hashes(request.hashes)
         if not session.group.whole:
             return wire.Matched(request.id, 0, b"", {})
+        lookup = session.opened.store.look_up(hashes)
         wait = wire.bounded_wait(request.wait)
-        if wait and session.opened.store.memory.match(hashes) < len(hashes):
-            return lambda: self._matched(session, request.id, hashes, wait)
-        return self._matched(session, request.id, hashes, 0.0)
+        if wait and lookup.origin:
+            return lambda: self._matched(session, request.id, lookup, wait)
+        return self._matched(session, request.id, lookup, 0.0)
 
-    def _matched(self, session: Session, number: int, hashes: list[bytes], wait: float) -> wire.Matched:
+    def _matched(self, session: Session, number: int, lookup: Lookup, wait: float) -> wire.Matched:
         store, group = session.opened.store, session.group
         # Every rank reads what is stored once for all (one shard), and a rank may stand for several shards.
         holders = max(group.ranks, store.layout.shards)
-        match = store.match(hashes, wait, holders=holders, owner=group.owner)
+        match = store.finish(lookup, wait, holders=holders, owner=group.owner)
         if match.lease and not group.members:
             # The engine went while this waited: nobody will release it.
             store.release(match.lease)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from kvtier.hashing import HASH_BYTES
 
@@ -284,7 +285,9 @@ def split_hashes(blob: bytes) -> list[bytes]:
     """
     if len(blob) % HASH_BYTES or len(blob) > MAX_BLOCKS * HASH_BYTES:
         raise WireError(f"{len(blob)} bytes of hashes")
-    return [blob[start : start + HASH_BYTES] for start in range(0, len(blob), HASH_BYTES)]
+    # Several times as fast as slicing.
+    hashes: list[bytes] = np.frombuffer(blob, f"V{HASH_BYTES}").tolist()
+    return hashes
 
 
 def pack_numbers(numbers: Sequence[int], code: str) -> bytes:

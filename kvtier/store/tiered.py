@@ -28,6 +28,21 @@ LEASE_SECONDS = 60.0
 
 
 @dataclass(slots=True)
+class Lookup:
+    """A match that has begun.
+
+    Attributes:
+        hashes: What is looked for.
+        slots: Of the leading run that is resident; pinned.
+        origin: The blocks after these that are being fetched, in order, and from which tier.
+    """
+
+    hashes: Sequence[bytes]
+    slots: list[int] = field(default_factory=list)
+    origin: dict[bytes, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Reservation:
     """A block that is being filled, and the shards that have said that their bytes are in place."""
 
@@ -103,34 +118,39 @@ class TieredStore:
         tiers = open_tiers(config, namespace, layout)
         return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
 
-    def match(
-        self,
-        hashes: Sequence[bytes],
-        wait: float | None = None,
-        *,
-        holders: int | None = None,
-        owner: int = 0,
-    ) -> Match:
-        """Find, stage and lease; see `StoreClient.match`.
+    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
+        """Find, stage and lease; see `StoreClient.match`."""
+        return self.finish(self.look_up(hashes), self._lookup_wait if wait is None else wait)
+
+    def look_up(self, hashes: Sequence[bytes]) -> Lookup:
+        """Begin a match: pin what is resident, and start fetching what follows. Does not wait.
+
+        Whoever begins one ends it with `finish`.
+        """
+        if self._closed or not hashes:
+            return Lookup(())
+        self._leases.expire()
+        self._counters.add("lookups")
+        slots = self.memory.acquire(hashes)
+        missing = hashes[len(slots) :]
+        origin = self._stager.stage(missing) if missing and self._tiers else {}
+        return Lookup(hashes, slots, origin)
+
+    def finish(self, lookup: Lookup, wait: float, *, holders: int | None = None, owner: int = 0) -> Match:
+        """End a match: wait for what is under way, and lease what is there.
 
         Args:
-            hashes: Block hashes, in order.
+            lookup: From `look_up`.
             wait: Seconds to wait at most.
             holders: How many ranks have to release the lease; None: one for each shard.
             owner: For `drop_owner`.
         """
-        if self._closed or not hashes:
-            return Match()
-        deadline = time.monotonic() + (self._lookup_wait if wait is None else wait)
-        self._leases.expire()
-        self._counters.add("lookups")
-        slots = self.memory.acquire(hashes)
+        hashes, slots, origin = lookup.hashes, lookup.slots, lookup.origin
         sources = {"memory": len(slots)} if slots else {}
-        missing = hashes[len(slots) :]
-        if missing and self._tiers:
-            origin = self._stager.stage(missing)
-            self._stager.wait(list(origin), deadline)
-            arrived = self.memory.acquire(missing[: len(origin)])
+        if origin:
+            missing = list(origin)
+            self._stager.wait(missing, time.monotonic() + wait)
+            arrived = self.memory.acquire(missing)
             for block in missing[: len(arrived)]:
                 sources[origin[block]] = sources.get(origin[block], 0) + 1
             slots += arrived
