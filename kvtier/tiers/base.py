@@ -9,7 +9,7 @@ from typing import Protocol
 Buffer = bytes | bytearray | memoryview
 
 Deliver = Callable[[bytes, Buffer | None], None]
-"""Receives one block: its hash, and its payload or None for a miss. The payload is valid only during the call."""
+"""Receives one block: its hash, and its payload or None for a miss; valid only during the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,11 @@ class Tier(Protocol):
         ...
 
     def flush(self, timeout: float) -> bool:
-        """Make everything that was written durable and visible; return False when `timeout` seconds ran out."""
+        """Make all that was written durable and visible; return False when `timeout` seconds ran out."""
         ...
 
     def stats(self) -> Mapping[str, int | float]:
-        """Return counters and gauges, names in snake_case; byte counts end in `_bytes`, times in `_seconds`."""
+        """Return counters and gauges in snake_case; byte counts end in `_bytes`, times in `_seconds`."""
         ...
 
     def close(self, timeout: float = 10.0) -> None:
