@@ -34,6 +34,9 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.agent_support", "kvtier.engine", "kvtier.trtllm"])
 
 
+TWO_SHARDS = BlockLayout("bfloat16", tokens_per_block=4, layers=2, kv_factor=2, row_elements=64, shards=2)
+
+
 def namespace_of(layout: BlockLayout = LAYOUT, **facts: object) -> Namespace:
     """Return a namespace of its own for each set of facts."""
     return Namespace.from_facts({"model": "test", **layout.describe(), **facts})
