@@ -12,6 +12,7 @@ from kvtier.engine.versions import RequestData11, RequestData12, RequestDataMain
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
 from kvtier.trtllm.pool import PageGroup
 from kvtier.trtllm.request import Identity, Promise, RequestState, salt_of
+from kvtier.trtllm.table import SILENCE_SECONDS, RequestTable
 from tests.trtllm_support import FakeRequest
 
 SIZE = 4
@@ -218,6 +219,20 @@ def test_a_block_is_saved_only_from_pages_that_its_window_has_not_passed():
         True,
     ]
     assert known.can_save(0, (0,), FLAT)
+
+
+def test_whoever_is_heard_of_is_remembered_and_the_silent_are_forgotten():
+    now = [0.0]
+    requests = RequestTable(lambda: now[0])
+    first, second = state(), state()
+    requests.add(1, first)
+    requests.add(2, second)
+    now[0] = SILENCE_SECONDS / 2
+    assert requests.hear(1) is first
+    assert requests.hear(3) is None
+    now[0] = SILENCE_SECONDS + 1
+    assert list(requests.pop_silent()) == [second]
+    assert requests.hear(1) is first
 
 
 def test_salts_are_read_from_either_field_and_from_nothing_else():

@@ -188,6 +188,18 @@ def test_rule_8_a_store_that_raises_is_a_miss(rig, monkeypatch):
     monkeypatch.undo()
 
 
+def test_rule_8_what_was_reserved_before_an_error_is_given_back(rig, monkeypatch):
+    requests = [FakeRequest(seed, [seed * 1000 + token for token in PROMPT]) for seed in (1, 2)]
+    for request in requests:
+        rig.leader.update_state_after_alloc(request, list(range(6)))
+    real = rig.store.reserve
+    answers = [real, MagicMock(side_effect=OSError("no"))]
+    monkeypatch.setattr(rig.store, "reserve", lambda *a: answers.pop(0)(*a))
+    meta = rig.iterate(new=[rig.data(r, r.tokens, range(6), 0, len(PROMPT)) for r in requests])
+    assert meta.saves == ()
+    assert rig.store.stats()["filling_slots"] == 0
+
+
 def test_rule_8_a_save_that_fails_leaves_no_slot_behind(rig, monkeypatch):
     monkeypatch.setattr(rig.worker._pool, "copy_out", MagicMock(side_effect=RuntimeError("no")))
     rig.prefill(FakeRequest(1, PROMPT), range(5))

@@ -118,6 +118,9 @@ def test_a_pool_of_another_shape_uses_the_slots_of_its_own_store(opened):
     assert opened[1].stats()["saved_blocks"] == 5
     assert rig.prefill(FakeRequest(3, PROMPT), range(10, 16)) == 5 * SIZE
     assert rig.holds(10, ("second", PROMPT[:SIZE]))
+    other = make_rig(dtype=torch.float16)
+    assert other.prefill(FakeRequest(1, PROMPT), range(6)) == 5 * SIZE
+    assert other.holds(0, ("second", PROMPT[:SIZE]))
 
 
 def test_engines_of_one_process_share_their_store_and_nothing_else(opened):
@@ -281,6 +284,17 @@ def test_ranks_of_one_process_each_have_their_shard(monkeypatch, opened):
         rows = pools[rank][6 + page].view(torch.uint8).flatten()
         assert torch.equal(rows, content((rank, page), rows.numel()))
     assert store.stats()["leases"] == store.stats()["filling_slots"] == 0
+
+
+def test_ranks_with_pools_of_different_shapes_are_not_served(monkeypatch, opened):
+    leader, workers, pools = two_ranks(monkeypatch)
+    workers[0].register_kv_caches(pools[0])
+    workers[1].register_kv_caches(torch.zeros(16, LAYERS, 2, 2 * ROW, dtype=torch.bfloat16))
+    assert leader._runtime.ready is None
+    assert opened == []
+    workers[1].register_kv_caches(pools[1])
+    workers[0].register_kv_caches(pools[0])
+    assert leader._runtime.ready is not None
 
 
 def test_a_block_that_one_rank_could_not_save_is_never_promised(monkeypatch, opened):
