@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvtier.cli import config as config_command
+from kvtier.cli.agent import agent as agent_command
 from kvtier.errors import KvTierError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure kvtier on this machine.", no_args_is_help=True)
 app.add_typer(config_command.app, name="config")
+app.command("agent")(agent_command)
 app.add_typer(bench, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
