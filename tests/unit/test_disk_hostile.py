@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diskcache import Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -314,6 +315,7 @@ def test_keys_are_raw_bytes_both_ways(tmp_path: Path) -> None:
         (OSError(5, "Input/output error"), "io"),
         (sqlite3.OperationalError("database or disk is full"), "full"),
         (sqlite3.OperationalError("database is locked"), "busy"),
+        (Timeout(), "busy"),
         (sqlite3.OperationalError("attempt to write a readonly database"), "read_only"),
         (sqlite3.OperationalError("no such table: Cache"), "corrupt"),
         (sqlite3.OperationalError("disk I/O error"), "io"),
