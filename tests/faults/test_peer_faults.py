@@ -48,7 +48,7 @@ def open_store(tmp_path, s3_bucket):
 
 def objects(place, kind: str) -> list[str]:
     """Return the keys of all packs, or of all index segments, of this test."""
-    pages = place.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=place.prefix)
+    pages = place.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=place.prefix)
     keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
     return [key for key in keys if f"/{kind}/" in key]
 
