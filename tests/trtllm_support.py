@@ -201,7 +201,7 @@ def memory_stores(monkeypatch: pytest.MonkeyPatch, slots: int, **options: Any) -
 def write_config(directory: Path, memory: str = "1MiB", disk: bool = False) -> Path:
     """Write a configuration file and return its path."""
     file = directory / "kvtier.yaml"
-    text = f"memory:\n  size: {memory}\n"
+    text = f"memory:\n  size: {memory}\nagent:\n  mode: inprocess\n"
     if disk:
         text += f"disk:\n  path: {directory / 'disk'}\n  size: 64MiB\n"
     file.write_text(text)

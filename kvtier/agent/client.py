@@ -163,6 +163,25 @@ class AgentClient:
         size = self.layout.shard_bytes
         return self._mappings.view(slot, shard * size, size)
 
+    def leave(self, key: int, data: bytes, readers: int) -> bool:
+        """Leave a note for `readers` other clients of the same engine.
+
+        Args:
+            key: Its number, 0 to 2**63 - 1.
+            data: What it says, up to 64 KiB.
+            readers: How many of them will fetch it.
+
+        Returns:
+            Whether the agent has it. If not, it may still arrive.
+        """
+        answer = self._link.call(wire.Leave(0, 0, key, data, readers), self._deadlines.call)
+        return answer is not None and isinstance(answer[1], wire.Done) and answer[1].ok
+
+    def fetch(self, key: int) -> bytes:
+        """Return the note that another client of the same engine left, once; b"" where there is none."""
+        answer = self._link.call(wire.Fetch(0, 0, key), self._deadlines.call)
+        return answer[1].data if answer is not None and isinstance(answer[1], wire.Note) else b""
+
     def stats(self) -> Mapping[str, int | float]:
         """Return what the agent's store counts, and this client's own counters: `client_*`."""
         answer = self._link.call(wire.Stats(0, 0), self._deadlines.call)

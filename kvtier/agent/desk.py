@@ -41,6 +41,8 @@ class Desk:
             wire.Abort: self._abort,
             wire.Stats: self._stats,
             wire.Flush: self._flush,
+            wire.Leave: self._leave,
+            wire.Fetch: self._fetch,
         }
 
     def admit(self, data: bytes) -> tuple[Session, wire.AnyRequest]:
@@ -136,3 +138,10 @@ class Desk:
     def _flush(self, session: Session, request: wire.Flush) -> _Later:
         timeout = wire.bounded_wait(request.timeout)
         return lambda: wire.Done(request.id, session.opened.store.flush(timeout))
+
+    def _leave(self, session: Session, request: wire.Leave) -> wire.Done:
+        left = session.group.notes.leave(request.key, request.data, request.readers)
+        return wire.Done(request.id, left)
+
+    def _fetch(self, session: Session, request: wire.Fetch) -> wire.Note:
+        return wire.Note(request.id, session.group.notes.fetch(request.key, session.rank))

@@ -8,6 +8,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
+from kvtier.agent.notes import Notes
 from kvtier.agent.stores import OpenStore, Stores
 from kvtier.errors import ConfigError
 
@@ -22,12 +23,14 @@ class Group:
         members: Those that are attached.
         whole: Whether all ranks are attached and ready. Nothing is promised to an engine that is not: every
             rank has to be able to read, and to fill, each slot.
+        notes: What its clients have left for each other.
     """
 
     owner: int
     ranks: int
     members: set[Session] = field(default_factory=set)
     whole: bool = False
+    notes: Notes = field(default_factory=Notes)
 
 
 @dataclass(eq=False, slots=True)

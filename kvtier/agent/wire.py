@@ -24,7 +24,7 @@ import numpy as np
 
 from kvtier.hashing import HASH_BYTES
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up whenever a message or its meaning changes; agent and client have to agree on it."""
 
 DOOR = "door"
@@ -169,6 +169,20 @@ class Flush(Request, tag="flush"):
     timeout: float
 
 
+class Leave(Request, tag="leave"):
+    """A note for other clients of the same engine, `readers` of them; answered by `Done`."""
+
+    key: int
+    data: bytes
+    readers: int
+
+
+class Fetch(Request, tag="fetch"):
+    """A note that another client of the same engine has left, answered by `Note`."""
+
+    key: int
+
+
 class Matched(msgspec.Struct, array_like=True, tag="matched"):
     """Slots as u32, one after the other; lease 0 where nothing matched."""
 
@@ -192,6 +206,13 @@ class Done(msgspec.Struct, array_like=True, tag="done"):
     ok: bool
 
 
+class Note(msgspec.Struct, array_like=True, tag="note"):
+    """What was left under a number; empty where nothing was, or no longer is."""
+
+    id: int
+    data: bytes
+
+
 class Numbers(msgspec.Struct, array_like=True, tag="numbers"):
     """Counters and gauges."""
 
@@ -199,8 +220,10 @@ class Numbers(msgspec.Struct, array_like=True, tag="numbers"):
     values: dict[str, int | float]
 
 
-AnyRequest = Ready | Ping | MatchBlocks | Renew | Release | Reserve | Commit | Abort | Stats | Flush
-AnyReply = Matched | Reserved | Done | Numbers
+AnyRequest = (
+    Ready | Ping | MatchBlocks | Renew | Release | Reserve | Commit | Abort | Stats | Flush | Leave | Fetch
+)
+AnyReply = Matched | Reserved | Done | Numbers | Note
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(AnyRequest)

@@ -100,3 +100,8 @@ def ticket_slot(ticket: int) -> int:
     place and the epoch. Both are opaque to engines.
     """
     return (ticket >> 63) << 32 | (ticket & 0xFFFFFFFF)
+
+
+def slot_epoch(slot: int) -> int:
+    """Return the epoch of a slot; see `ticket_slot`."""
+    return slot >> 32

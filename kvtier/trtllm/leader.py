@@ -58,7 +58,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         """
         ready = self._runtime.ready
         if ready is None:
-            # Its store does not open, or its workers live in other processes.
+            # Its store does not open, or, without an agent, its workers live in other processes.
             self._counters.add("lookups_not_ready")
             log_once(_log, "not-ready", "not all ranks of the engine share a store: nothing is cached")
             return 0, False
@@ -290,17 +290,19 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         if state.identity is None or not state.continues_in(tokens):
             return False
         state.tokens, state.pages = tokens, pages
-        # These pages are told now, with -1 where there is none any more.
-        state.fresh = 0
         saves: list[Save] = []
         try:
             self._offer(state, state.settled(len(tokens)) // state.tokens_per_block, ready, saves)
         except Exception:
             ready.store.abort([save.ticket for save in saves])
             raise
-        if saves:
-            self._runtime.add_tail(request.request_id, saves)
-        return bool(saves)
+        if not saves:
+            return False
+        if not self._runtime.add_tail(request.request_id, saves):
+            self._counters.add("tails_not_told")
+            ready.store.abort([save.ticket for save in saves])
+            return False
+        return True
 
     @shielded(lambda: None)
     def _sweep(self, ready: Ready | None) -> None:

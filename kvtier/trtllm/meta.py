@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Pages = tuple[int, ...]
@@ -44,3 +46,28 @@ class ConnectorMeta(NamedTuple):
     session: int
     loads: tuple[Load, ...] = ()
     saves: tuple[Save, ...] = ()
+
+
+def encode_saves(saves: Sequence[Save]) -> bytes:
+    """Write saves as bytes for a worker in another process."""
+    return json.dumps(saves, separators=(",", ":")).encode()
+
+
+def decode_saves(data: bytes) -> tuple[Save, ...]:
+    """Read what `encode_saves` wrote.
+
+    Raises:
+        ValueError: It did not.
+    """
+    listed = json.loads(data)
+    if not isinstance(listed, list):
+        raise ValueError("no list of saves")
+    saves = []
+    for entry in listed:
+        ticket, pages = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if type(ticket) is not int or not isinstance(pages, list):
+            raise ValueError("no save")
+        if any(type(page) is not int for page in pages):
+            raise ValueError("no pages")
+        saves.append(Save(ticket, tuple(pages)))
+    return tuple(saves)

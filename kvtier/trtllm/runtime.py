@@ -1,4 +1,4 @@
-"""Where the leader and the workers of one engine meet, if they live in one process."""
+"""Where the leader and the workers of one engine meet: in this process, or at the agent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kvtier._logging import log_once
 from kvtier.config import Config, load_config
@@ -18,9 +19,9 @@ from kvtier.layout import BlockLayout
 from kvtier.store.base import StoreClient
 from kvtier.trtllm.fields import dig
 from kvtier.trtllm.identity import EngineFacts
-from kvtier.trtllm.meta import Save
+from kvtier.trtllm.meta import Save, decode_saves, encode_saves
 from kvtier.trtllm.pool import PageGroup, Pool
-from kvtier.trtllm.shared import SharedStore, share_store
+from kvtier.trtllm.shared import SharedStore, attach_store, share_store
 
 _log = logging.getLogger(__name__)
 
@@ -30,10 +31,13 @@ TAIL_SECONDS = 600.0
 LEADER = -1
 """The leader's place among the members; workers have their rank."""
 
+ELSEWHERE = -2
+"""Stands for the ranks in other processes among those that a tail waits for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What the leader works with once all ranks have registered their pools.
+    """What the leader works with once its rank has a store: with an agent, or with all ranks in this process.
 
     Attributes:
         store: The store, whose layout has all shards.
@@ -54,7 +58,7 @@ class _Tail:
 
 
 class Runtime:
-    """One engine: its configuration and facts, its leader's session, the pools registered so far, the store.
+    """One engine: its configuration and facts, its leader's session, pools registered so far, their stores.
 
     Leader and workers hold it, and it does not hold them: when the last of them goes, or has closed, the
     store is let go of.
@@ -73,12 +77,18 @@ class Runtime:
         self._joined: set[int] = set()
         self._left: set[int] = set()
         self._pools: dict[int, Pool] = {}
-        self._shared: SharedStore | None = None
+        self._stores: dict[int, SharedStore] = {}
         self._tails: dict[int, _Tail] = {}
 
     def lacks(self, member: int) -> bool:
         """Say whether this place was never taken, and the engine is still alive."""
+        if member == LEADER and self.session is not None:
+            return False
         return member not in self._joined and not self._left
+
+    @property
+    def _by_agent(self) -> bool:
+        return self.config.agent.mode != "inprocess"
 
     def take_place(self, member: int, session: int | None) -> None:
         """Enter the leader (with its session) or a worker."""
@@ -98,43 +108,88 @@ class Runtime:
                 for known in self._pools.values()
             ):
                 self._pools.clear()
+                self._stores.clear()
             self._pools[rank] = pool
         self.complete()
 
     def complete(self) -> None:
-        """Open the store once the leader and all ranks' pools are here.
+        """Open the stores of the ranks that are here, as soon as enough of the engine is known.
 
         Raises:
-            ConfigError: The store cannot be opened as configured.
+            ConfigError: A store cannot be opened as configured.
         """
         with self._lock:
             self.ready = None
-            ranks = self.engine.ranks
-            here = LEADER in self._joined and set(self._pools) == set(range(ranks))
-            if not here or not self.engine.plain_ranks or self._left:
+            if not self.engine.plain_ranks or self._left:
                 return
-            pool = self._pools[0]
-            layout = replace(pool.layout, shards=ranks)
-            namespace = self.engine.namespace(layout, pool.signature)
-            self._shared = self._open(namespace, layout, pool)
-            if self._shared is not None:
-                self.ready = Ready(self._shared.store, namespace.id, pool.groups)
+            if self._by_agent:
+                self._attach()
+            else:
+                self._share()
+            first = self._stores.get(0)
+            if LEADER in self._joined and first is not None:
+                self.ready = Ready(first.store, first.namespace.id, self._pools[0].groups)
 
-    def add_tail(self, request_id: int, saves: Sequence[Save]) -> None:
-        """Leave blocks of a finished request to the workers, which ask for them by its id."""
+    def follow(self, session: int) -> None:
+        """Take orders from a leader in another process: its session names the engine to the agent.
+
+        Raises:
+            ConfigError: A store cannot be opened as configured.
+        """
+        if LEADER in self._joined or not self._by_agent or self.session == session:
+            return
+        self.session = session
+        self._stores.clear()
+        self.complete()
+
+    def store_of(self, rank: int) -> StoreClient | None:
+        """Return the store that a rank's worker uses, None as long as there is none."""
+        shared = self._stores.get(rank)
+        return shared.store if shared is not None else None
+
+    def add_tail(self, request_id: int, saves: Sequence[Save]) -> bool:
+        """Leave blocks of a finished request to the workers, which ask for them by its id.
+
+        Returns:
+            False if workers in other processes cannot be told; then nobody will ask.
+        """
         with self._lock:
-            self._tails[request_id] = _Tail(tuple(saves), set(range(self.engine.ranks)), self._clock())
+            here = set(self._pools) if self._by_agent else set(range(self.engine.ranks))
+            first = self._stores.get(0)
+        elsewhere = self.engine.ranks - len(here)
+        if elsewhere:
+            mailbox = first.mailbox if first is not None else None
+            if mailbox is None or not mailbox.leave(request_id, encode_saves(saves), elsewhere):
+                return False
+            # Its end is not heard of: the leader gives these tickets up when all have had their time.
+            here.add(ELSEWHERE)
+        with self._lock:
+            self._tails[request_id] = _Tail(tuple(saves), here, self._clock())
+        return True
 
     def take_tail(self, request_id: int, rank: int) -> tuple[Save, ...]:
         """Return what one rank has to save of a finished request; once."""
         with self._lock:
-            tail = self._tails.get(request_id)
-            if tail is None or rank not in tail.waiting:
-                return ()
-            tail.waiting.discard(rank)
-            if not tail.waiting:
-                del self._tails[request_id]
-            return tail.saves
+            shared = self._stores.get(rank)
+            if LEADER not in self._joined and shared is not None and shared.mailbox is not None:
+                mailbox = shared.mailbox
+            else:
+                return self._take_own(request_id, rank)
+        data = mailbox.fetch(request_id)
+        try:
+            return decode_saves(data) if data else ()
+        except ValueError as error:
+            log_once(_log, "tail", "the leader's orders for a finished request make no sense: %s", error)
+            return ()
+
+    def _take_own(self, request_id: int, rank: int) -> tuple[Save, ...]:
+        tail = self._tails.get(request_id)
+        if tail is None or rank not in tail.waiting:
+            return ()
+        tail.waiting.discard(rank)
+        if not tail.waiting:
+            del self._tails[request_id]
+        return tail.saves
 
     def drop_old_tails(self) -> None:
         """Give up the tails that nobody asked for in ten minutes."""
@@ -152,11 +207,43 @@ class Runtime:
             self._pools.pop(member, None)
             self.ready = None
             if self._left >= self._joined:
-                self._shared = None
+                self._stores.clear()
 
-    def _open(self, namespace: Namespace, layout: BlockLayout, pool: Pool) -> SharedStore | None:
+    def _share(self) -> None:
+        """Open this process's store for all ranks, once they and the leader are here."""
+        ranks = self.engine.ranks
+        shared = None
+        if LEADER in self._joined and set(self._pools) == set(range(ranks)):
+            pool = self._pools[0]
+            namespace, layout = self._identify(pool)
+            shared = self._open(partial(share_store, self.config, namespace, layout, pool.device))
+        self._stores = {} if shared is None else dict.fromkeys(range(ranks), shared)
+
+    def _attach(self) -> None:
+        """Make the ranks that are here clients of the agent, once the leader's session is known."""
+        for rank, pool in self._pools.items():
+            if self.session is None or rank in self._stores:
+                continue
+            namespace, layout = self._identify(pool)
+            arguments = (self.config, namespace, layout, pool.device, self.session, rank, self.engine.ranks)
+            shared = self._open(partial(attach_store, *arguments))
+            if shared is not None:
+                self._stores[rank] = shared
+
+    def _identify(self, pool: Pool) -> tuple[Namespace, BlockLayout]:
+        layout = replace(pool.layout, shards=1 if self.replicated(pool) else self.engine.ranks)
+        return self.engine.namespace(layout, pool.signature), layout
+
+    def replicated(self, pool: Pool) -> bool:
+        """Say whether all ranks hold the same bytes, so that one of them saves for all.
+
+        That is so for MLA, whose latents have no heads to split. A store in the process knows only shards.
+        """
+        return self._by_agent and pool.layout.kind == "flat" and pool.layout.kv_factor == 1
+
+    def _open(self, opening: Callable[[], SharedStore]) -> SharedStore | None:
         try:
-            return share_store(self.config, namespace, layout, pool.device)
+            return opening()
         except ConfigError:
             raise
         except Exception as error:  # noqa: BLE001 - without its store the engine still serves

@@ -1,14 +1,17 @@
-"""The stores of this process, one for each configuration, namespace and layout; the last to leave closes."""
+"""The stores that the engines of this process use: one of the process itself, or the agent's."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from kvtier.agent.client import AgentClient, Deadlines, connect
 from kvtier.config import Config
 from kvtier.gpu import PinnedMemory, pin
 from kvtier.hashing import Namespace
@@ -26,20 +29,28 @@ class SharedStore:
     Attributes:
         store: The store.
         namespace: What its blocks are blocks of.
+        pinned: The registration of its memory, None where there is none or a client keeps it.
+        mailbox: What ranks in other processes are reached through, None where there are none.
     """
 
     store: StoreClient
     namespace: Namespace
     pinned: PinnedMemory | None
+    mailbox: AgentClient | None = None
 
     def __post_init__(self) -> None:
         """Arrange for the end."""
-        self._end = weakref.finalize(self, _close, self.store, self.pinned)
+        # The agent writes what is pending when this process is gone: there is nothing to wait for.
+        seconds = CLOSE_SECONDS if self.mailbox is None else 0.0
+        self._end = weakref.finalize(self, _close, self.store, self.pinned, seconds)
 
     def close(self) -> None:
         """Flush and close now; a second call does nothing."""
         self._end()
 
+
+DEADLINES = Deadlines()
+"""How long a call may wait for the agent."""
 
 _lock = threading.Lock()
 _open: weakref.WeakValueDictionary[tuple[str, bytes, BlockLayout], SharedStore] = (
@@ -79,6 +90,52 @@ def share_store(
         return shared
 
 
+def attach_store(
+    config: Config,
+    namespace: Namespace,
+    layout: BlockLayout,
+    device: torch.device,
+    session: int,
+    rank: int,
+    ranks: int,
+) -> SharedStore:
+    """Return one rank's client of the node's agent. It attaches when the agent is there; nothing waits here.
+
+    Args:
+        config: Where the agent is; rank 0 starts it if there is none and the configuration says so.
+        namespace: What the blocks are blocks of.
+        layout: How their bytes are arranged, all shards.
+        device: Where the rank's pool lies; for a GPU the arena is pinned.
+        session: The leader's name for itself, which no other engine has.
+        rank: The rank.
+        ranks: How many the engine has.
+    """
+    client = connect(
+        config,
+        namespace,
+        layout,
+        group=f"{session:x}",
+        rank=rank,
+        ranks=ranks,
+        spawn=None if rank == 0 else False,
+        prepare=partial(_pin_mapped, device) if device.type == "cuda" else None,
+        wait=0.0,
+        deadlines=DEADLINES,
+    )
+    return SharedStore(client, namespace, None, client)
+
+
+def _pin_mapped(device: torch.device, buffer: memoryview) -> Callable[[], None] | None:
+    pinned = pin(buffer, device)
+    return None if pinned is None else partial(_unpin, pinned)
+
+
+def _unpin(pinned: PinnedMemory) -> None:
+    # CUDA may be gone already when this runs at exit; the process's end unpins as well.
+    with suppress(RuntimeError):
+        pinned.unpin()
+
+
 def _pin_arena(store: StoreClient, device: torch.device) -> PinnedMemory | None:
     memory = getattr(store, "memory", None)
     if device.type != "cuda" or memory is None:
@@ -86,9 +143,7 @@ def _pin_arena(store: StoreClient, device: torch.device) -> PinnedMemory | None:
     return pin(memory.buffer(), device)
 
 
-def _close(store: StoreClient, pinned: PinnedMemory | None) -> None:
+def _close(store: StoreClient, pinned: PinnedMemory | None, seconds: float) -> None:
     if pinned is not None:
-        # CUDA may be gone already when this runs at exit; the process's end unpins as well.
-        with suppress(RuntimeError):
-            pinned.unpin()
-    store.close(CLOSE_SECONDS)
+        _unpin(pinned)
+    store.close(seconds)

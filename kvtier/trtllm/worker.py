@@ -11,7 +11,7 @@ import torch
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
-from kvtier.store.base import StoreClient, ticket_slot
+from kvtier.store.base import StoreClient, slot_epoch, ticket_slot
 from kvtier.trtllm.fields import as_int, dig
 from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.interface import KvCacheConnectorWorker, rank_here
@@ -43,9 +43,9 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._session: int | None = None
         self._pool: Pool | None = None
         self._transfers: Transfers | None = None
-        # Views of the arena's slots, made when first needed, and the store that they belong to.
+        # Views of the arena's slots, made when first needed, and the store and epoch that they belong to.
         self._slots: dict[int, torch.Tensor] = {}
-        self._slots_of: StoreClient | None = None
+        self._slots_of: tuple[StoreClient, int] | None = None
         self._loads: tuple[Load, ...] = ()
         self._saves: tuple[Save, ...] = ()
         self._saved_tails: list[int] = []
@@ -155,7 +155,10 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """Go over to the engine whose leader gives the orders, should it be another one of this process."""
         self._session = session
         runtime = runtime_of(session)
-        if runtime is None or runtime is self._runtime:
+        if runtime is None:
+            self._runtime.follow(session)
+            return
+        if runtime is self._runtime:
             return
         self._runtime = runtime
         if self._pool is not None:
@@ -166,12 +169,24 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         if self._transfers is not None:
             self._transfers.poll()
 
+    def _store(self) -> StoreClient | None:
+        # Orders of another engine's leader are never carried out on this one's store.
+        return self._runtime.store_of(self._rank) if self._session == self._runtime.session else None
+
+    @property
+    def _shard(self) -> int:
+        return 0 if self._pool is not None and self._runtime.replicated(self._pool) else self._rank
+
+    def _saves_elsewhere(self) -> bool:
+        """Say whether another rank saves what this one holds, too."""
+        return self._shard != self._rank
+
     def _load(self, load: Load, stream: Any) -> None:
-        ready = self._runtime.ready
-        if ready is None or self._transfers is None:
+        store = self._store()
+        if store is None or self._transfers is None:
             raise BrokenPromise("blocks were promised, and their store is closed")
-        done = partial(self._loaded, ready.store, load.lease, len(load.blocks))
-        self._transfers.load(stream, self._with_slots(ready.store, load.blocks), done)
+        done = partial(self._loaded, store, load.lease, len(load.blocks))
+        self._transfers.load(stream, self._with_slots(store, load.blocks), done)
 
     def _loaded(self, store: StoreClient, lease: int, blocks: int, _made: bool) -> None:
         store.release(lease, self._rank)
@@ -179,14 +194,14 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
 
     def _save(self, saves: Sequence[Save], then: Callable[[], None]) -> None:
         """Start copying blocks to their slots; commits and calls `then` when the copies have ended."""
-        ready = self._runtime.ready
-        if ready is None or self._transfers is None:
+        store = self._store()
+        if store is None or self._transfers is None or self._saves_elsewhere():
             then()
             return
         tickets = [save.ticket for save in saves]
-        done = partial(self._saved, ready.store, tickets, then)
+        done = partial(self._saved, store, tickets, then)
         try:
-            copies = self._with_slots(ready.store, [(ticket_slot(save.ticket), save.pages) for save in saves])
+            copies = self._with_slots(store, [(ticket_slot(save.ticket), save.pages) for save in saves])
             self._transfers.save(self._stream, copies, done)
         except Exception as error:  # noqa: BLE001 - whatever failed, the tickets must not stay open
             log_once(_log, "save", "blocks could not be saved: %r", error)
@@ -194,7 +209,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
 
     def _saved(self, store: StoreClient, tickets: list[int], then: Callable[[], None], made: bool) -> None:
         if made:
-            store.commit(tickets, self._rank)
+            store.commit(tickets, self._shard)
         else:
             store.abort(tickets)
         self._counters.add("saved_blocks" if made else "save_failed_blocks", len(tickets))
@@ -211,22 +226,24 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             end()
 
     def _with_slots(self, store: StoreClient, blocks: Sequence[tuple[int, tuple[int, ...]]]) -> Copies:
-        if self._slots_of is not store:
-            self._slots.clear()
-            self._slots_of = store
         known = self._slots
         for slot, _ in blocks:
+            place = (store, slot_epoch(slot))
+            if self._slots_of != place:
+                # Views keep an arena mapped whose agent is gone.
+                known = self._slots = {}
+                self._slots_of = place
             if slot not in known:
-                known[slot] = torch.frombuffer(store.slot_view(slot, self._rank), dtype=torch.uint8)
+                known[slot] = torch.frombuffer(store.slot_view(slot, self._shard), dtype=torch.uint8)
         return [(known[slot], pages) for slot, pages in blocks]
 
     def _give_up(self, loads: set[Load], saves: set[Save]) -> None:
         """Release and abort what was ordered and is not going to happen: the pass was called off."""
         if not loads and not saves:
             return
-        ready = self._runtime.ready
-        if ready is not None:
+        store = self._store()
+        if store is not None:
             for load in loads:
-                ready.store.release(load.lease, self._rank)
-            ready.store.abort([save.ticket for save in saves])
+                store.release(load.lease, self._rank)
+            store.abort([save.ticket for save in saves])
         self._counters.add("orders_given_up", len(loads) + len(saves))

@@ -21,11 +21,14 @@ REQUESTS = st.one_of(
     st.builds(wire.Abort, U64, U64, st.binary()),
     st.builds(wire.Stats, U64, U64),
     st.builds(wire.Flush, U64, U64, st.floats(0, 10)),
+    st.builds(wire.Leave, U64, U64, U64, st.binary(), st.integers(0, 100)),
+    st.builds(wire.Fetch, U64, U64, U64),
 )
 REPLIES = st.one_of(
     st.builds(wire.Matched, U64, U64, st.binary(), st.dictionaries(st.text(), st.integers(0, 100))),
     st.builds(wire.Reserved, U64, st.binary()),
     st.builds(wire.Done, U64, st.booleans()),
+    st.builds(wire.Note, U64, st.binary()),
     st.builds(wire.Numbers, U64, st.dictionaries(st.text(), st.integers(0, 100))),
 )
 
