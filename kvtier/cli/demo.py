@@ -134,6 +134,8 @@ def _act_config(bucket: dict[str, Any], disk: Path) -> dict[str, Any]:
         "memory": {"size": "1GiB"},
         "disk": {"path": str(disk), "size": "1GiB"},
         "s3": bucket,
+        # Without an agent that outlives the engine: a restart on the same node shows the disk.
+        "agent": {"mode": "inprocess"},
         # Prefill takes seconds on a CPU, so waiting for the whole prefix always wins here.
         "lookup_wait": "5s",
         "flush_timeout": "60s",
