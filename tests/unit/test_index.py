@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import threading
 from array import array
 
 import pytest
@@ -15,6 +17,7 @@ from kvtier.tiers.s3 import segment
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack import Pack
+from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import read_segment, write_segments
 
 NAMESPACE = b"n" * 16
@@ -33,6 +36,19 @@ def make_pack(name: int, blocks: list[int], start: int = 16, length: int = 10) -
         offsets,
         array("I", [length] * len(blocks)),
     )
+
+
+def write(packs: list[Pack], namespace: bytes) -> list[bytes]:
+    return write_segments(PackTable.of(packs), namespace)
+
+
+def packs_in(body: bytes) -> list[Pack]:
+    table = read_segment(body, NAMESPACE, MAX_BLOCK)
+    return [table.pack(place) for place in range(len(table))]
+
+
+def forget(index: BlockIndex, pack: Pack) -> None:
+    index.forget_named([pack.name])
 
 
 def hash_of(number: int) -> bytes:
@@ -57,24 +73,24 @@ packs = st.lists(
 
 @given(packs)
 def test_segments_bring_back_what_was_written(wanted: list[Pack]) -> None:
-    bodies = write_segments(wanted, NAMESPACE)
+    bodies = write(wanted, NAMESPACE)
     assert len(bodies) == bool(wanted)
-    assert [pack for body in bodies for pack in read_segment(body, NAMESPACE, MAX_BLOCK)] == wanted
+    assert [pack for body in bodies for pack in packs_in(body)] == wanted
 
 
 def test_large_listings_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "MAX_SEGMENT_BYTES", 400)
     wanted = [make_pack(name, [10 * name + i for i in range(4)]) for name in range(10)]
-    bodies = write_segments(wanted, NAMESPACE)
+    bodies = write(wanted, NAMESPACE)
     assert len(bodies) > 1
     assert max(map(len, bodies)) <= 400
-    assert [pack for body in bodies for pack in read_segment(body, NAMESPACE, MAX_BLOCK)] == wanted
+    assert [pack for body in bodies for pack in packs_in(body)] == wanted
 
 
 @given(st.data())
 @settings(max_examples=300)
 def test_damaged_segments_are_refused(data: st.DataObject) -> None:
-    [body] = write_segments([make_pack(1, [1, 2, 3]), make_pack(2, [4])], NAMESPACE)
+    [body] = write([make_pack(1, [1, 2, 3]), make_pack(2, [4])], NAMESPACE)
     if data.draw(st.booleans(), "truncate"):
         damaged = body[: data.draw(st.integers(0, len(body) - 1), "length")]
     else:
@@ -108,7 +124,7 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
     ],
 )
 def test_segments_that_lie_are_refused(at: int, value: bytes, complaint: str) -> None:
-    [body] = write_segments([make_pack(1, [1, 2, 3]), make_pack(2, [4])], NAMESPACE)
+    [body] = write([make_pack(1, [1, 2, 3]), make_pack(2, [4])], NAMESPACE)
     lying = bytearray(body[:-8])
     lying[at : at + len(value)] = value
     lying += struct.pack("<Q", xxhash.xxh3_64_intdigest(lying))
@@ -141,7 +157,7 @@ def test_the_larger_pack_is_preferred_in_either_order() -> None:
         index = BlockIndex()
         index.add(order)
         assert {place.pack.name for place in index.locate([hash_of(1), hash_of(2)]) if place} == {whole.name}
-        index.forget(tail)
+        forget(index, tail)
         assert known(index, range(6)) == [1, 2, 3, 4]
 
 
@@ -149,7 +165,7 @@ def test_a_forgotten_packs_blocks_come_back_with_another_pack_that_has_them() ->
     tail, whole = make_pack(1, [1, 2]), make_pack(2, [1, 2, 3, 4])
     index = BlockIndex()
     index.add([tail, whole])
-    index.forget(whole)
+    forget(index, whole)
     assert known(index, range(6)) == []
     index.add([tail])
     assert known(index, range(6)) == [1, 2]
@@ -159,9 +175,10 @@ def test_an_overwritten_pack_replaces_what_was_known() -> None:
     index = BlockIndex()
     old, new = make_pack(1, [1, 2]), make_pack(1, [1, 2], length=20)
     index.add([old])
+    [overwritten] = [place.pack for place in index.locate([hash_of(1)]) if place]
     index.add([new])
     assert [place.length for place in index.locate([hash_of(1), hash_of(2)]) if place] == [20, 20]
-    index.forget(old)
+    index.forget(overwritten)
     assert known(index, range(3)) == [1, 2]
 
 
@@ -198,3 +215,139 @@ def test_foreign_keys_are_no_packs(key: str) -> None:
 @pytest.mark.parametrize("key", ["", "p/n/index/1-2.kvi", "p/n/index/" + "9" * 20 + "-00.kvi", "q/index/"])
 def test_foreign_keys_are_no_segments(key: str) -> None:
     assert Keys("p", "n").segment_time(key) is None
+
+
+def test_a_lookup_that_began_before_a_pack_was_forgotten_forgets_no_other() -> None:
+    index = BlockIndex()
+    index.add([make_pack(1, [1, 2])])
+    [old] = [place.pack for place in index.locate([hash_of(1)]) if place]
+    index.forget(old)
+    index.add([make_pack(1, [1, 2], length=20)])
+    index.forget(old)
+    assert known(index, range(3)) == [1, 2]
+
+
+def test_hashes_of_another_length_are_unknown() -> None:
+    index = BlockIndex()
+    index.add([make_pack(1, [1, 2])])
+    assert index.match([hash_of(1), b"short", hash_of(2)]) == 1
+    assert index.locate([b"", hash_of(2)])[0] is None
+    assert b"x" * 17 not in index
+
+
+class Truth:
+    """What the index must answer, kept the plain way."""
+
+    def __init__(self) -> None:
+        self.packs: dict[bytes, Pack] = {}
+        self.blocks: dict[bytes, Pack] = {}
+
+    def remove(self, name: bytes) -> None:
+        pack = self.packs.pop(name)
+        self.blocks = {block: owner for block, owner in self.blocks.items() if owner is not pack}
+
+    def add(self, pack: Pack) -> None:
+        known = self.packs.get(pack.name)
+        if known is not None and known != pack:
+            self.remove(pack.name)
+        pack = self.packs.setdefault(pack.name, pack)
+        for block in pack.hashes:
+            other = self.blocks.get(block)
+            if other is None or len(other.hashes) <= len(pack.hashes):
+                self.blocks[block] = pack
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_index_agrees_with_plain_dictionaries(seed: int) -> None:
+    """Packs come, change and go, so often that room is made for rows and slots again and again."""
+    rng = random.Random(seed)
+    print("seed", seed)
+    index, truth = BlockIndex(), Truth()
+    for _ in range(400):
+        batch = []
+        for _ in range(rng.randint(1, 5)):
+            first = rng.randrange(4000)
+            blocks = list(range(first, first + rng.randint(1, 32)))
+            batch.append(make_pack(rng.randrange(600), blocks, length=rng.choice([10, 20])))
+        # One by one: a batch lets go of all that it replaces first, and so loses less.
+        for pack in batch:
+            index.add([pack])
+            truth.add(pack)
+        for name in rng.sample(sorted(truth.packs), min(len(truth.packs), rng.randint(0, 3))):
+            index.forget_named([name])
+            truth.remove(name)
+        wanted = [hash_of(rng.randrange(4100)) for _ in range(50)]
+        for block, place in zip(wanted, index.locate(wanted), strict=True):
+            pack = truth.blocks.get(block)
+            assert (place is None) == (pack is None)
+            if place is not None and pack is not None:
+                at = pack.hashes.index(block)
+                assert place.pack.name == pack.name
+                assert (place.offset, place.length) == (pack.offsets[at], pack.lengths[at])
+        assert index.counts()[:2] == (len(truth.blocks), len(truth.packs))
+    for name, pack in truth.packs.items():
+        assert index.pack(name) == pack
+    assert sorted(index.names()) == sorted(truth.packs)
+
+
+def test_lookups_while_the_index_grows_and_shrinks() -> None:
+    """Readers take no lock: what stays must be found at any time, with the bytes that are its own."""
+    index = BlockIndex()
+    steady = make_pack(1, list(range(32)))
+    index.add([steady])
+    wanted = list(steady.hashes)
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            if index.match(wanted) != 32:
+                wrong.append("match")
+            for place, offset in zip(index.locate(wanted), steady.offsets, strict=True):
+                if place is None or (place.pack.name, place.offset) != (steady.name, offset):
+                    wrong.append(place)
+
+    readers = [threading.Thread(target=look) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for turn in range(60):
+        others = [
+            make_pack(100 + number, list(range(10_000 + 100 * number, 10_050 + 100 * number)))
+            for number in range(40 * turn, 40 * turn + 40)
+        ]
+        index.add(others)
+        if turn % 2:
+            index.forget_named([pack.name for pack in others])
+        if turn % 10 == 9:
+            index._compact()
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+
+
+def test_blocks_that_come_and_go_for_ever_do_not_fill_the_table() -> None:
+    """A small pack is entered anew each time that the larger one with its blocks has gone."""
+    index = BlockIndex()
+    small, large = make_pack(1, list(range(200))), make_pack(2, list(range(250)))
+    for _ in range(100):
+        index.add([small])
+        index.add([large])
+        forget(index, large)
+        index.add([small])
+        assert len(known(index, range(300))) == 200
+
+
+def test_rows_of_removed_packs_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.tiers.s3.index._FEWEST_DEAD", 500)
+    index = BlockIndex()
+    kept = make_pack(1, [1, 2, 3])
+    index.add([kept])
+    for turn in range(200):
+        passing = make_pack(2 + turn, list(range(10, 60)))
+        index.add([passing])
+        forget(index, passing)
+    assert index.memory_bytes() < 200_000
+    assert index.counts() == (3, 1, 0)
+    assert index.pack(kept.name) == kept
+    assert known(index, range(100)) == [1, 2, 3]

@@ -21,6 +21,7 @@ from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer
+from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.pool import DaemonPool
 from kvtier.tiers.s3.segment import MAX_SEGMENT_BYTES, read_segment, write_segments
 
@@ -127,7 +128,7 @@ class Catalog:
                 with self._seen_lock:
                     self._seen = {key for key in self._seen if key > start}
 
-    def publish(self, packs: Sequence[Pack]) -> None:
+    def publish(self, packs: PackTable) -> None:
         """Write index segments that list `packs`.
 
         Raises:
@@ -181,7 +182,7 @@ class Catalog:
         # A bucket that may only be read is served all the same: that is the other direction's health.
         if recovered:
             with self._writing.watched():
-                self.publish(recovered)
+                self.publish(PackTable.of(recovered))
         self._counters.add("packs_recovered", len(recovered))
         self._counters.add("index_rebuilds")
         return len(recovered)
@@ -258,7 +259,7 @@ class Catalog:
         for item, packs in zip(chosen, self._map(self._load_segment, chosen), strict=True):
             if packs is not None:
                 self._index.add(packs)
-                names.update(pack.name for pack in packs)
+                names.update(packs.names())
             elif not again:
                 self._rebuild_at = time.monotonic()
             with self._seen_lock:
@@ -266,7 +267,7 @@ class Catalog:
             self._newest = max(self._newest, self._keys.segment_time(item.key) or 0)
         return names
 
-    def _load_segment(self, item: ListedObject) -> list[Pack] | None:
+    def _load_segment(self, item: ListedObject) -> PackTable | None:
         """Read one segment; None if it cannot be used."""
         try:
             if not 0 < item.size <= MAX_SEGMENT_BYTES:
@@ -276,7 +277,7 @@ class Catalog:
             packs = read_segment(data, self._namespace.id, self._max_block_bytes)
         except ObjectMissing:
             # Compacted away between the listing and now.
-            return []
+            return PackTable.of([])
         except CorruptBlock as error:
             self._counters.add("index_segments_corrupt")
             log_once(

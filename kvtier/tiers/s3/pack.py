@@ -28,6 +28,7 @@ EXPECTED_RATIO = 1.4
 _VERSION = 1
 _HEAD = struct.Struct("<8sH6x")
 _HEAD_MAGIC = b"KVTPACK\n"
+PACK_HEAD_BYTES = _HEAD.size
 _FOOTER = struct.Struct("<8sHHI16s")
 _FOOTER_MAGIC = b"KVTFOOT\n"
 _RECORD = struct.Struct("<16s16sIQI")

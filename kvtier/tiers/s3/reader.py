@@ -16,9 +16,8 @@ from kvtier._logging import log_once
 from kvtier.tiers.base import Deliver
 from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
 from kvtier.tiers.s3.health import Health
-from kvtier.tiers.s3.index import BlockIndex, Location
+from kvtier.tiers.s3.index import BlockIndex, Location, PackEntry
 from kvtier.tiers.s3.keys import Keys
-from kvtier.tiers.s3.pack import Pack
 from kvtier.tiers.s3.pool import DaemonPool
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class RangePlan:
         blocks: Where the blocks lie, in the order of their offsets.
     """
 
-    pack: Pack
+    pack: PackEntry
     offset: int
     length: int
     blocks: list[Location] = field(default_factory=list)

@@ -6,13 +6,12 @@ docs/bucket-layout.md gives the bytes. Segments only save time: packs' footers s
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Sequence
 
+import numpy as np
 import xxhash
 
 from kvtier.errors import CorruptBlock
-from kvtier.tiers.s3.pack import Pack
+from kvtier.tiers.s3.pack_table import BLOCK_ROW, PACK_ROW, PackTable
 
 MAX_SEGMENT_BYTES = 64 << 20
 """Larger ones are neither written nor read."""
@@ -20,12 +19,10 @@ MAX_SEGMENT_BYTES = 64 << 20
 _VERSION = 1
 _MAGIC = b"KVTINDX\n"
 _HEAD = struct.Struct("<8sHHII4x16s")
-_PACK = struct.Struct("<16s16sQII")
-_BLOCK = struct.Struct("<16sQI")
 _CHECKSUM = struct.Struct("<Q")
 
 
-def write_segments(packs: Sequence[Pack], namespace: bytes) -> list[bytes]:
+def write_segments(packs: PackTable, namespace: bytes) -> list[bytes]:
     """Write packs into as few index segments as their size allows, mostly one.
 
     Args:
@@ -36,33 +33,28 @@ def write_segments(packs: Sequence[Pack], namespace: bytes) -> list[bytes]:
         The segments' bytes.
     """
     segments: list[bytes] = []
-    chosen: list[Pack] = []
-    size = _HEAD.size + _CHECKSUM.size
-    for pack in packs:
-        more = _PACK.size + len(pack.hashes) * _BLOCK.size
-        if chosen and size + more > MAX_SEGMENT_BYTES:
+    starts = packs.starts().tolist()
+    first = 0
+    for last in range(1, len(packs) + 1):
+        more = last < len(packs)
+        rows = starts[last + 1 if more else last] - starts[first]
+        size = (
+            _HEAD.size + _CHECKSUM.size + (last + 1 - first) * PACK_ROW.itemsize + rows * BLOCK_ROW.itemsize
+        )
+        if not more or size > MAX_SEGMENT_BYTES:
+            chosen = PackTable(packs.packs[first:last], packs.blocks[starts[first] : starts[last]])
             segments.append(_write_segment(chosen, namespace))
-            chosen, size = [], _HEAD.size + _CHECKSUM.size
-        chosen.append(pack)
-        size += more
-    if chosen:
-        segments.append(_write_segment(chosen, namespace))
+            first = last
     return segments
 
 
-def _write_segment(packs: Sequence[Pack], namespace: bytes) -> bytes:
-    blocks = sum(len(pack.hashes) for pack in packs)
-    parts = [_HEAD.pack(_MAGIC, _VERSION, 0, len(packs), blocks, namespace)]
-    parts.extend(
-        _PACK.pack(pack.name, pack.parent, pack.size, pack.position, len(pack.hashes)) for pack in packs
-    )
-    for pack in packs:
-        parts.extend(map(_BLOCK.pack, pack.hashes, pack.offsets, pack.lengths))
-    body = b"".join(parts)
+def _write_segment(packs: PackTable, namespace: bytes) -> bytes:
+    head = _HEAD.pack(_MAGIC, _VERSION, 0, len(packs), len(packs.blocks), namespace)
+    body = head + packs.packs.tobytes() + packs.blocks.tobytes()
     return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
 
-def read_segment(data: bytes | bytearray, namespace: bytes, max_block_bytes: int) -> list[Pack]:
+def read_segment(data: bytes | bytearray, namespace: bytes, max_block_bytes: int) -> PackTable:
     """Read an index segment.
 
     Args:
@@ -80,26 +72,17 @@ def read_segment(data: bytes | bytearray, namespace: bytes, max_block_bytes: int
     if _CHECKSUM.unpack(view[-_CHECKSUM.size :])[0] != xxhash.xxh3_64_intdigest(body):
         raise CorruptBlock("an index segment has a wrong checksum")
     magic, version, flags, pack_count, block_count, owner = _HEAD.unpack_from(body)
-    packs_end = _HEAD.size + pack_count * _PACK.size
+    packs_end = _HEAD.size + pack_count * PACK_ROW.itemsize
     if (
         magic != _MAGIC
         or (version, flags) != (_VERSION, 0)
-        or len(body) != packs_end + block_count * _BLOCK.size
+        or len(body) != packs_end + block_count * BLOCK_ROW.itemsize
     ):
         raise CorruptBlock("an index segment has an unknown format")
     if owner != namespace:
         raise CorruptBlock(f"an index segment belongs to namespace {owner.hex()}")
-    packs: list[Pack] = []
-    at = packs_end
-    for name, parent, size, position, count in _PACK.iter_unpack(body[_HEAD.size : packs_end]):
-        end = at + count * _BLOCK.size
-        if count == 0 or end > len(body):
-            raise CorruptBlock("an index segment lists fewer blocks than its packs have")
-        hashes, offsets, lengths = zip(*_BLOCK.iter_unpack(body[at:end]), strict=True)
-        pack = Pack(name, size, parent, position, hashes, array("Q", offsets), array("I", lengths))
-        pack.check(max_block_bytes)
-        packs.append(pack)
-        at = end
-    if at != len(body):
-        raise CorruptBlock("an index segment lists more blocks than its packs have")
+    packs = PackTable(
+        np.frombuffer(body[_HEAD.size : packs_end], PACK_ROW), np.frombuffer(body[packs_end:], BLOCK_ROW)
+    )
+    packs.check(max_block_bytes)
     return packs

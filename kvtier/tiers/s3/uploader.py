@@ -20,6 +20,7 @@ from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack import Pack, write_pack
+from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.packer import Packer
 
 _PUBLISH_SECONDS = 1.0
@@ -298,7 +299,7 @@ class Uploader:
         packs = list(self._unpublished)
         try:
             with self._health.watched():
-                self._catalog.publish(packs)
+                self._catalog.publish(PackTable.of(packs))
         except Exception:  # noqa: BLE001 - counted and logged by `watched`; tried again
             packs = []
         with self._changed:

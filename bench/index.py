@@ -1,0 +1,88 @@
+"""Memory, start and lookups of the bucket's block index with synthetic entries.
+
+python bench/index.py                      1 million blocks in packs of 32
+python bench/index.py --blocks 10000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+
+import numpy as np
+
+from kvtier.tiers.s3.index import BlockIndex
+from kvtier.tiers.s3.pack_table import BLOCK_ROW, PACK_ROW, PackTable
+from kvtier.tiers.s3.segment import read_segment, write_segments
+
+NAMESPACE = bytes(16)
+PROMPT = 2048
+
+
+def synthetic(blocks: int, per_pack: int, rng: np.random.Generator) -> PackTable:
+    packs = np.zeros(blocks // per_pack, PACK_ROW)
+    packs["name"] = np.frombuffer(rng.bytes(16 * len(packs)), "V16")
+    packs["count"], packs["size"] = per_pack, 16 + per_pack * 1000 + 5000
+    rows = np.zeros(len(packs) * per_pack, BLOCK_ROW)
+    rows["hash"] = np.frombuffer(rng.bytes(16 * len(rows)), "V16")
+    rows["offset"] = np.tile(16 + 1000 * np.arange(per_pack, dtype=np.uint64), len(packs))
+    rows["length"] = 1000
+    return PackTable(packs, rows)
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as status:
+        return int(status.read().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--blocks", type=int, default=1_000_000)
+    parser.add_argument("--per-pack", type=int, default=32)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(1)
+    table = synthetic(arguments.blocks, arguments.per_pack, rng)
+    segments = write_segments(table, NAMESPACE)
+    blocks = len(table.blocks)
+    chosen = [
+        table.blocks["hash"][start : start + PROMPT].tobytes()
+        for start in rng.integers(0, blocks - PROMPT, 50)
+    ]
+    prompts = [[data[at : at + 16] for at in range(0, len(data), 16)] for data in chosen]
+    del table
+
+    index = BlockIndex()
+    before, start = resident(), time.perf_counter()
+    for number, body in enumerate(segments):
+        index.add(read_segment(body, NAMESPACE, 1 << 20))
+        segments[number] = b""
+    wall = time.perf_counter() - start
+    freed = 28 * blocks + 48 * (blocks // arguments.per_pack)
+    print(f"{blocks} blocks in {len(segments)} segments: loaded in {wall:.2f} s")
+    print(
+        f"{index.memory_bytes() / blocks:.1f} bytes a block counted, "
+        f"{(resident() - before + freed) / blocks:.1f} by growth of the process (segments freed meanwhile)"
+    )
+    for name, look in (("match", index.match), ("locate", index.locate)):
+        times = []
+        for prompt in prompts:
+            start = time.perf_counter()
+            found = look(prompt)
+            times.append((time.perf_counter() - start) / PROMPT)
+            assert (found if isinstance(found, int) else sum(place is not None for place in found)) == PROMPT
+        print(f"{name}: {statistics.median(times) * 1e6:.2f} us a block, prompts of {PROMPT} blocks")
+    missing = [[rng.bytes(16), *prompt[1:]] for prompt in prompts]
+    times = []
+    for prompt in missing:
+        start = time.perf_counter()
+        assert index.match(prompt) == 0
+        times.append(time.perf_counter() - start)
+    print(f"match that misses at once: {statistics.median(times) * 1e6:.0f} us")
+
+
+if __name__ == "__main__":
+    main()
