@@ -20,8 +20,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from kvtier.cli.s3server import S3Server
-from kvtier.config import Config, load_config
+from kvtier.config import Config, S3Config, load_config
 from kvtier.errors import KvTierError
+from kvtier.tiers.s3.boto_bucket import make_client
 
 NEW_TOKENS = 32
 ACT_TIMEOUT = 600.0
@@ -53,11 +54,11 @@ class Act:
 
 
 ACTS = (
-    Act("cold", "cold: everything is computed", "a"),
-    Act("restarted", "engine restarted on the same node", "a"),
-    Act("new_node", "new node, memory and disk empty", "b"),
-    Act("half_shared", "another prompt, half of it shared, on a third node", "c", half=True),
-    Act("half_reference", "that prompt without kvtier", "d", half=True, cached=False),
+    Act("cold", "cold", "a"),
+    Act("restarted", "engine restarted", "a"),
+    Act("new_node", "new, empty node", "b"),
+    Act("half_shared", "prompt half shared", "c", half=True),
+    Act("half_reference", "that without kvtier", "d", half=True, cached=False),
 )
 
 
@@ -88,9 +89,12 @@ def _bucket(config: Path | None) -> Iterator[tuple[dict[str, Any], dict[str, str
     """Yield the `s3` section that the acts use, and the environment with its credentials."""
     prefix = f"demo-{secrets.token_hex(4)}"
     if config is not None:
-        section = _section(load_config(config), config)
-        section["prefix"] = f"{section['prefix']}/{prefix}"
-        yield section, {}
+        settings = _s3_settings(load_config(config), config)
+        settings = settings.model_copy(update={"prefix": f"{settings.prefix}/{prefix}"})
+        try:
+            yield _section(settings), {}
+        finally:
+            _remove_objects(settings)
         return
     with S3Server() as server:
         server.create_bucket("kvtier")
@@ -105,11 +109,27 @@ def _bucket(config: Path | None) -> Iterator[tuple[dict[str, Any], dict[str, str
         yield section, {ACCESS_KEY_ENV: server.access_key, SECRET_KEY_ENV: server.secret_key}
 
 
-def _section(config: Config, path: Path) -> dict[str, Any]:
+def _s3_settings(config: Config, path: Path) -> S3Config:
     if config.s3 is None:
         raise KvTierError(f"{path} declares no s3 section; the demo needs a bucket")
+    return config.s3
+
+
+def _section(settings: S3Config) -> dict[str, Any]:
+    """Return what a configuration file has to say to mean these settings."""
     keys = ("bucket", "prefix", "endpoint", "region", "access_key_env", "secret_key_env", "path_style")
-    return {key: value for key in keys if (value := getattr(config.s3, key)) is not None}
+    return {key: value for key in keys if (value := getattr(settings, key)) is not None}
+
+
+def _remove_objects(settings: S3Config) -> None:
+    """Delete what the demo has written to a bucket that is not its own."""
+    client = make_client(settings)
+    pages = client.get_paginator("list_objects_v2").paginate(
+        Bucket=settings.bucket, Prefix=f"{settings.prefix}/"
+    )
+    for page in pages:
+        for item in page.get("Contents", []):
+            client.delete_object(Bucket=settings.bucket, Key=item["Key"])
 
 
 def _play(
@@ -186,24 +206,23 @@ def _verify(report: dict[str, Any]) -> None:
 
 def _print_table(report: dict[str, Any], tokens: int) -> None:
     table = Table(title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens")
+    table.add_column("act", no_wrap=True)
     for column in (
-        "act",
-        "computed",
-        "memory",
-        "disk",
-        "bucket",
+        "tokens computed",
+        "from disk",
+        "from bucket",
         "MB from bucket",
         "GET/PUT",
         "ratio",
         "TTFT s",
     ):
-        table.add_column(column, justify="left" if column == "act" else "right")
+        table.add_column(column, justify="right")
     for act in report["acts"]:
         loaded, requests, ratio = act["tokens_loaded"], act["requests"], act["codec_ratio"]
         table.add_row(
             act["title"],
             str(act["tokens_computed"]),
-            *(str(loaded.get(tier, 0)) for tier in ("memory", "disk", "s3")),
+            *(str(loaded.get(tier, 0)) for tier in ("disk", "s3")),
             f"{act['bytes_from_bucket'] / 1e6:.1f}",
             f"{requests.get('get', 0)}/{requests.get('put', 0)}",
             f"{ratio:.2f}" if ratio else "-",

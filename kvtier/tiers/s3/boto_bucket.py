@@ -132,7 +132,7 @@ class BotoBucket:
         # Making a client reads data files for some hundred milliseconds; the lock keeps it to one.
         with self._lock:
             if self._client is None:
-                self._client = _make_client(self._config)
+                self._client = make_client(self._config)
             return self._client
 
     def _get_left(self, key: str, offset: int, into: Parts, deadline: float) -> None:
@@ -188,7 +188,8 @@ def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
     return int(match[1]), int(match[2]), int(match[3])
 
 
-def _make_client(config: S3Config) -> S3Client:
+def make_client(config: S3Config) -> S3Client:
+    """Return a boto3 client for this bucket, retrying nothing by itself; takes some hundred milliseconds."""
     with _translated("connecting"):
         return open_session(config).client(
             "s3",
