@@ -205,18 +205,13 @@ def _verify(report: dict[str, Any]) -> None:
 
 
 def _print_table(report: dict[str, Any], tokens: int) -> None:
-    table = Table(title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens")
+    table = Table(
+        title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens",
+        caption="tokens computed, loaded from disk, from the bucket; MB read from the bucket; time to first token",
+    )
     table.add_column("act", no_wrap=True)
-    for column in (
-        "tokens computed",
-        "from disk",
-        "from bucket",
-        "MB from bucket",
-        "GET/PUT",
-        "ratio",
-        "TTFT s",
-    ):
-        table.add_column(column, justify="right")
+    for column in ("computed", "disk", "bucket", "MB", "GET/PUT", "ratio", "TTFT s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for act in report["acts"]:
         loaded, requests, ratio = act["tokens_loaded"], act["requests"], act["codec_ratio"]
         table.add_row(

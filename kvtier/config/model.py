@@ -161,7 +161,7 @@ class AgentConfig(_Section):
     """
 
     mode: Annotated[str, rules.AGENT_MODE] = Field(
-        default="auto",
+        default="inprocess",
         description="Who starts the agent: engines (auto), others (external), nobody.",
     )
     directory: Annotated[Path, rules.SOCKET_DIRECTORY] | None = Field(
