@@ -207,7 +207,7 @@ def _verify(report: dict[str, Any]) -> None:
 def _print_table(report: dict[str, Any], tokens: int) -> None:
     table = Table(
         title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens",
-        caption="tokens computed, loaded from disk, from the bucket; MB read from the bucket; time to first token",
+        caption="tokens computed, loaded from disk, from the bucket; MB read from it; time to first token",
     )
     table.add_column("act", no_wrap=True)
     for column in ("computed", "disk", "bucket", "MB", "GET/PUT", "ratio", "TTFT s"):
