@@ -135,6 +135,11 @@ class FakeBucket:
             found = {key: len(body) for key, body in self.objects.items() if key.startswith(prefix)}
         return iter(ListedObject(key, found[key]) for key in sorted(found) if key > start_after)
 
+    def delete(self, key: str) -> None:
+        self._note("delete", key)
+        with self._lock:
+            self.objects.pop(key, None)
+
     def close(self) -> None:
         pass
 

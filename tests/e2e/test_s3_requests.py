@@ -65,3 +65,32 @@ def test_a_chain_that_grows_slowly_becomes_whole_packs(
     assert writer.flush(60)
     assert counts["PUT packs"] == 2
     writer.close()
+
+
+def test_a_compacted_index_is_read_with_few_requests(
+    s3_bucket: S3Place, counted: tuple[FaultyProxy, Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, counts = counted
+    monkeypatch.setattr("kvtier.tiers.s3.compaction.FEWEST_SEGMENTS", 5)
+    monkeypatch.setattr("kvtier.tiers.s3.compaction._SETTLED", 0)
+    config = s3_bucket.config(index_refresh=3600)
+    writer = s3_bucket.tier(config=config)
+    chains = [chain(3, size=100, seed=seed) for seed in range(8)]
+    for blocks in chains:
+        writer.write(blocks)
+        assert writer.flush(60)
+    assert len(s3_bucket.keys("index")) == len(chains)
+    writer.compact_index()
+    monkeypatch.setattr("kvtier.tiers.s3.compaction.GRACE", 0)
+    writer.compact_index()
+    assert len(s3_bucket.keys("index")) == 1
+    for _ in range(2):
+        reader = s3_bucket.tier(config=s3_bucket.config(endpoint=proxy.endpoint, index_refresh=3600))
+        assert counts["GET index"] == 1
+        assert counts["GET packs"] == 0
+        for blocks in chains:
+            assert read_all(reader, hashes_of(blocks)) == payloads_of(blocks)
+        reader.close()
+        counts.clear()
+        assert writer.refresh()
+    writer.close()

@@ -24,6 +24,7 @@ from kvtier.tiers.s3.bucket import (
     BucketTimeout,
     ConnectionLost,
     ListedObject,
+    ObjectMissing,
     Parts,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
@@ -112,6 +113,15 @@ class BotoBucket:
             if last == page_start or "NextContinuationToken" not in reply:
                 raise BadReply(f"LIST {prefix}: the listing does not advance")
             more = {"ContinuationToken": reply["NextContinuationToken"]}
+
+    def delete(self, key: str) -> None:
+        """See `Bucket.delete`."""
+        self._counters.add("delete_requests")
+        try:
+            with _translated(f"DELETE {key}"):
+                self._connect().delete_object(Bucket=self._config.bucket, Key=key)
+        except ObjectMissing:
+            return
 
     def place(self) -> tuple[str, str]:
         """Return the endpoint's URL and the region that botocore has found for this configuration.

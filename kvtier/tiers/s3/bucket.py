@@ -158,6 +158,10 @@ class Bucket(Protocol):
         """List the objects below `prefix` with keys after `start_after`, in order; a request per 1,000."""
         ...
 
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is gone already is fine."""
+        ...
+
     def close(self) -> None:
         """Close the connections."""
         ...

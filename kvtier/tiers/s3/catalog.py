@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -17,6 +18,7 @@ from kvtier._logging import log_once
 from kvtier.errors import AccessDenied, CorruptBlock, TierUnavailable
 from kvtier.hashing import Namespace
 from kvtier.tiers.s3.bucket import Bucket, ListedObject, ObjectMissing
+from kvtier.tiers.s3.compaction import Compactor, compact_quietly
 from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
@@ -40,6 +42,8 @@ _USUAL_SKEW = 60 * _SECOND
 _LARGEST_SKEW = 15 * 60 * _SECOND
 """S3 refuses signatures of clocks that differ by more; one poll a minute looks this far back."""
 _WIDE_POLL_SECONDS = 60.0
+_COMPACT_SECONDS = (600.0, 1800.0)
+"""Compaction is thought of about so often; each node at times of its own."""
 _MAX_NAMESPACE_BYTES = 1 << 20
 
 
@@ -95,6 +99,8 @@ class Catalog:
         self._seen: set[str] = set()
         self._rebuild_at: float | None = None
         self._rebuild_pause = _REBUILD_PAUSE[0]
+        self._compactor = Compactor(bucket, keys, namespace.id, max_block_bytes, counters)
+        self._compact_at = time.monotonic() + random.uniform(*_COMPACT_SECONDS)  # noqa: S311 - not for secrets
 
     def start(self) -> None:
         """Run the background thread."""
@@ -205,6 +211,17 @@ class Catalog:
             return
         if self._rebuild_at is not None and time.monotonic() >= self._rebuild_at:
             self._rebuild_in_background(None)
+        if time.monotonic() >= self._compact_at and not self._writing.breaker.is_open:
+            self._compact_at = time.monotonic() + random.uniform(*_COMPACT_SECONDS)  # noqa: S311
+            self._pool.submit(partial(compact_quietly, self._compactor))
+
+    def compact(self) -> None:
+        """Compact index segments now; see `Compactor.run`.
+
+        Raises:
+            TierError: The bucket does not answer.
+        """
+        self._compactor.run()
 
     def _open(self) -> None:
         with self._reading.watched():

@@ -76,6 +76,10 @@ class HttpBucket:
         """See `Bucket.list`."""
         return self._control.list(prefix, start_after)
 
+    def delete(self, key: str) -> None:
+        """See `Bucket.delete`."""
+        self._control.delete(key)
+
     def close(self) -> None:
         """See `Bucket.close`."""
         self._exchange.close()

@@ -42,7 +42,8 @@ def find(slots: Slots, hashes: Words, seed: int, first: int, second: int) -> int
         row = slots[at]
         if row == 0:
             return -1
-        if row > 0 and hashes[row - 1, 0] == first and hashes[row - 1, 1] == second:
+        # A reader may still hold shorter columns than those that the row is in.
+        if 0 < row <= len(hashes) and hashes[row - 1, 0] == first and hashes[row - 1, 1] == second:
             return np.int64(at)  # type: ignore[no-any-return]
         at = (at + np.uint64(1)) & mask
 
@@ -61,8 +62,9 @@ def rows_of(slots: Slots, hashes: Words, seed: int, wanted: Words, rows: np.ndar
     """Write the row of each of `wanted` to `rows`, -1 where there is none."""
     for place in range(len(wanted)):
         at = find(slots, hashes, seed, wanted[place, 0], wanted[place, 1])
-        # Somebody may remove it between the two looks.
-        rows[place] = -1 if at < 0 or slots[at] <= 0 else slots[at] - 1
+        row = slots[at] if at >= 0 else 0
+        # Somebody may remove or replace it between the two looks.
+        rows[place] = row - 1 if 0 < row <= len(hashes) else -1
 
 
 @_compiled("int64(int32[::1], uint64[:, ::1], uint64, int32[::1], int32[::1], int64, int64, boolean[::1])")

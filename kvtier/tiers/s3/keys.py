@@ -8,6 +8,7 @@ import secrets
 from kvtier.hashing import HASH_BYTES
 
 _NAME = re.compile(r"[0-9a-f]{32}\.kvp")
+_COMPACTION = re.compile(r"([0-9]{20})-[0-9a-f]{16}\.json")
 _SEGMENT = re.compile(r"([0-9]{20})-[0-9a-f]{16}\.kvi")
 
 
@@ -18,6 +19,7 @@ class Keys:
         namespace: Key of the namespace document.
         packs: What the keys of all packs begin with.
         index: What the keys of all index segments begin with.
+        compactions: What the keys of all records of compactions begin with.
     """
 
     def __init__(self, prefix: str, namespace_hex: str):
@@ -26,6 +28,7 @@ class Keys:
         self.namespace = f"{root}/namespace.json"
         self.packs = f"{root}/packs/"
         self.index = f"{root}/index/"
+        self.compactions = f"{root}/compacted/"
 
     def pack(self, name: bytes) -> str:
         """Return the key of a pack; its first two digits spread packs over key prefixes."""
@@ -52,3 +55,16 @@ class Keys:
         """Return when a segment says that it was written, in nanoseconds; None if `key` is no segment's."""
         match = _SEGMENT.fullmatch(key[len(self.index) :]) if key.startswith(self.index) else None
         return int(match[1]) if match else None
+
+    def new_compaction(self, time_ns: int) -> str:
+        """Return a fresh key for the record of a compaction."""
+        return f"{self.compactions}{max(0, time_ns):020d}-{secrets.token_hex(8)}.json"
+
+    def compaction_time(self, key: str) -> int | None:
+        """Return when a compaction says that it happened, in nanoseconds; None if `key` is no record's."""
+        match = _COMPACTION.fullmatch(key.removeprefix(self.compactions))
+        return int(match[1]) if match else None
+
+    def compaction_claim(self, hour: int) -> str:
+        """Return the key that a node writes to compact in an hour since 1970; below the same prefix."""
+        return f"{self.compactions}claim-{hour:010d}"

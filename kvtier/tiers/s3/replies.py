@@ -102,7 +102,9 @@ def error_of(what: str, status: int, code: str, detail: str, wait: str | None = 
     if code in _THROTTLED or status in (429, 503):
         return BucketThrottled(text, retry_after(wait))
     if status in (401, 403):
-        return AccessDenied(f"{text}; the credentials need s3:GetObject, s3:PutObject and s3:ListBucket")
+        return AccessDenied(
+            f"{text}; the credentials need s3:GetObject, s3:PutObject, s3:ListBucket and s3:DeleteObject"
+        )
     if status in (400, 501) and put:
         return PutRefused(text, exists=False)
     if status >= 500:

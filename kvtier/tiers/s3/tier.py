@@ -155,6 +155,14 @@ class S3Tier:
         """
         return self._catalog.rebuild()
 
+    def compact_index(self) -> None:
+        """Make many small index segments few large ones; done in the background too.
+
+        Raises:
+            TierError: The bucket does not answer.
+        """
+        self._catalog.compact()
+
     def stats(self) -> Mapping[str, int | float]:
         """Return counters and gauges; `errors_<cause>` and `<kind>_requests` appear as they occur."""
         blocks, packs, quarantined = self._index.counts()
