@@ -209,9 +209,11 @@ class DiskTier:
                 threads.wait(max(0.0, deadline - time.monotonic()))
             self._disconnect()
 
-        leaving = [pool.submit(leave) for _ in range(_THREADS - 1)]
-        pool.shutdown(wait=False)
-        wait(leaving, max(0.0, deadline - time.monotonic()))
+        # At the interpreter's end its threads are gone already, and their connections with them.
+        with contextlib.suppress(RuntimeError):
+            leaving = [pool.submit(leave) for _ in range(_THREADS - 1)]
+            pool.shutdown(wait=False)
+            wait(leaving, max(0.0, deadline - time.monotonic()))
 
     def _disconnect(self) -> None:
         for shard in self._shards:

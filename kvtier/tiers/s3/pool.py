@@ -32,18 +32,22 @@ class DaemonPool:
         self._closed = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queue a call. On a closed pool the future comes back cancelled."""
+        """Queue a call. On a closed pool the future comes back cancelled.
+
+        At the interpreter's end no thread can be started any more: then the call is made here and now.
+        """
         future: Future[T] = Future()
         with self._wake:
             if self._closed:
                 future.cancel()
                 return future
-            self._jobs.append((future, call))
-            if self._idle >= len(self._jobs):
+            if self._idle <= len(self._jobs) and self._threads < self._limit:
+                self._start_thread()
+            if self._threads:
+                self._jobs.append((future, call))
                 self._wake.notify()
-            elif self._threads < self._limit:
-                self._threads += 1
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                return future
+        _complete(future, call)
         return future
 
     def close(self) -> None:
@@ -55,6 +59,13 @@ class DaemonPool:
             self._jobs.clear()
             self._wake.notify_all()
 
+    def _start_thread(self) -> None:
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except RuntimeError:
+            return
+        self._threads += 1
+
     def _run(self) -> None:
         while True:
             with self._wake:
@@ -65,10 +76,14 @@ class DaemonPool:
                     self._threads -= 1
                     return
                 future, call = self._jobs.popleft()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:  # noqa: BLE001 - it belongs to whoever holds the future
-                    future.set_exception(error)
+            _complete(future, call)
             # Not kept alive by a thread that waits for work.
             del future, call
+
+
+def _complete(future: Future[T], call: Callable[[], T]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever holds the future
+            future.set_exception(error)
