@@ -4,12 +4,13 @@ KvTierError
 ├── ConfigError          the configuration file or an option says something impossible
 ├── LayoutError          the engine's KV pool is of a kind that kvtier refuses (said at registration)
 ├── CorruptBlock         encoded bytes are truncated, altered, foreign or of an unknown format
+├── BrokenPromise        (kvtier.trtllm) promised blocks are gone: the only error the engine ever sees
 └── TierError            a tier could not do what it was asked
     ├── TierUnavailable  for now: time-outs, refused connections, throttling; trying later may help
     ├── AccessDenied     credentials or permissions are wrong; trying again will not help
     └── TierFull         no room: disk full, quota reached
 
-Engine-facing methods never let any of these out: they catch, count and miss.
+Engine-facing methods let none of these out but BrokenPromise: they catch, count and miss.
 """
 
 from __future__ import annotations
