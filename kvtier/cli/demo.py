@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -57,8 +58,8 @@ ACTS = (
     Act("cold", "cold", "a"),
     Act("restarted", "engine restarted", "a"),
     Act("new_node", "new, empty node", "b"),
-    Act("half_shared", "prompt half shared", "c", half=True),
-    Act("half_reference", "that without kvtier", "d", half=True, cached=False),
+    Act("half_shared", "half-shared prompt", "c", half=True),
+    Act("half_reference", "same without kvtier", "d", half=True, cached=False),
 )
 
 
@@ -207,7 +208,8 @@ def _verify(report: dict[str, Any]) -> None:
 def _print_table(report: dict[str, Any], tokens: int) -> None:
     table = Table(
         title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens",
-        caption="tokens computed, loaded from disk, from the bucket; MB read from it; time to first token",
+        caption="tokens computed, from disk, from the bucket; MB read from it; time to first token",
+        box=box.SIMPLE,
     )
     table.add_column("act", no_wrap=True)
     for column in ("computed", "disk", "bucket", "MB", "GET/PUT", "ratio", "TTFT s"):
