@@ -210,6 +210,8 @@ def _print_table(report: dict[str, Any], tokens: int) -> None:
         title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens",
         caption="tokens computed, from disk, from the bucket; MB read from it; time to first token",
         box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("act", no_wrap=True)
     for column in ("computed", "disk", "bucket", "MB", "GET/PUT", "ratio", "TTFT s"):
