@@ -47,7 +47,9 @@ def test_a_prefix_of_64k_tokens(s3_bucket: S3Place, counted: tuple[FaultyProxy, 
     assert read_all(reader, [bytes(16)]) == {bytes(16): None}
     assert not counts
     assert read_all(reader, hashes_of(blocks)) == payloads_of(blocks)
-    assert counts == {"GET packs": len(blocks) // WINDOW}
+    assert set(counts) == {"GET packs"}
+    # On a busy machine late replies are asked for a second time, within the hedges' share.
+    assert len(blocks) // WINDOW <= counts["GET packs"] <= 70
     reader.close()
 
 
