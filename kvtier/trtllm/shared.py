@@ -18,9 +18,6 @@ from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
 from kvtier.store.base import StoreClient
 
-CLOSE_SECONDS = 10.0
-"""What is not in the lower tiers by then is lost to the next process, not to correctness."""
-
 
 @dataclass(eq=False)
 class SharedStore:
@@ -31,18 +28,19 @@ class SharedStore:
         namespace: What its blocks are blocks of.
         pinned: The registration of its memory, None where there is none or a client keeps it.
         mailbox: What ranks in other processes are reached through, None where there are none.
+        flush_seconds: What the end may take to write what is pending; the rest is lost to the next process.
     """
 
     store: StoreClient
     namespace: Namespace
     pinned: PinnedMemory | None
     mailbox: AgentClient | None = None
+    # The agent writes what is pending when this process is gone: there is nothing to wait for.
+    flush_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         """Arrange for the end."""
-        # The agent writes what is pending when this process is gone: there is nothing to wait for.
-        seconds = CLOSE_SECONDS if self.mailbox is None else 0.0
-        self._end = weakref.finalize(self, _close, self.store, self.pinned, seconds)
+        self._end = weakref.finalize(self, _close, self.store, self.pinned, self.flush_seconds)
 
     def close(self) -> None:
         """Flush and close now; a second call does nothing."""
@@ -85,7 +83,9 @@ def share_store(
         shared = _open.get(key)
         if shared is None:
             store = open_store(config, namespace, layout)
-            shared = SharedStore(store, namespace, _pin_arena(store, device))
+            shared = SharedStore(
+                store, namespace, _pin_arena(store, device), flush_seconds=config.flush_timeout
+            )
             _open[key] = shared
         return shared
 

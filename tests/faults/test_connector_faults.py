@@ -146,10 +146,9 @@ def test_a_bucket_that_is_down_is_a_miss(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
     with (tmp_path / "kvtier.yaml").open("a") as file:
         file.write(f"s3:\n  bucket: nowhere\n  endpoint: http://127.0.0.1:{port}\n  region: us-east-1\n")
-        file.write("  connect_timeout: 200ms\n  read_timeout: 200ms\n")
+        file.write("  connect_timeout: 200ms\n  read_timeout: 200ms\nflush_timeout: 1s\n")
     wanted = requests(1, 4)
     expected = outputs(Engine(HashModel(), CONFIG), wanted)
-    monkeypatch.setattr(shared, "CLOSE_SECONDS", 1.0)
     engine = Engine(HashModel(), CONFIG, **CONNECTOR)
     for _ in range(2):
         assert outputs(engine, wanted) == expected
