@@ -22,6 +22,9 @@ def as_int(value: object) -> int | None:
     """Return `value` if it is an integer (a bool is none)."""
     if type(value) is int:
         return value
+    # Nearly always one of these; the test below is slow, and this runs for each request of each pass.
+    if value is None or type(value) is int:
+        return value
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 

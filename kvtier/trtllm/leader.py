@@ -11,6 +11,7 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.trtllm.fields import as_int
 from kvtier.trtllm.guard import BrokenPromise, shielded
+from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.interface import KvCacheConnectorScheduler
 from kvtier.trtllm.meta import ConnectorMeta, Load, Pages, Save
 from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported, token_array
@@ -42,6 +43,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         self._session = secrets.randbits(62) | 1
         self._runtime: Runtime = join(llm_args, LEADER, self._session)
         self._requests = RequestTable()
+        self._hashes: HashCache | None = None
         self._nothing = ConnectorMeta(self._session)
 
     @shielded(lambda: (0, False))
@@ -157,7 +159,10 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         if state is None or state.identity != identity:
             if state is not None:
                 self._drop_promise(state, ready)
-            state = RequestState.start(identity, ready.namespace, ready.store.layout.tokens_per_block)
+            size = ready.store.layout.tokens_per_block
+            if self._hashes is None or self._hashes.tokens_per_block != size:
+                self._hashes = HashCache(size)
+            state = RequestState.start(identity, ready.namespace, size, self._hashes)
             self._requests.add(request.request_id, state)
         return state
 

@@ -11,6 +11,7 @@ from typing import Any
 from kvtier._logging import log_once
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
 from kvtier.trtllm.fields import as_int, as_list, dig, is_given
+from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.meta import Pages
 from kvtier.trtllm.pool import NO_PAGE, PageGroup
 
@@ -143,12 +144,29 @@ class RequestState:
     request: Any = None
     seen: float = 0.0
     _reported: list[int] = field(default_factory=list)
+    _cache: HashCache | None = None
 
     @classmethod
-    def start(cls, identity: Identity | None, namespace: bytes, tokens_per_block: int) -> RequestState:
-        """Return the state of a request that nothing is known of but its identity."""
+    def start(
+        cls,
+        identity: Identity | None,
+        namespace: bytes,
+        tokens_per_block: int,
+        cache: HashCache | None = None,
+    ) -> RequestState:
+        """Return the state of a request that nothing is known of but its identity.
+
+        Args:
+            identity: What decides its KV besides its tokens.
+            namespace: Id of the namespace.
+            tokens_per_block: Tokens in a block.
+            cache: Hashes of other requests of the namespace.
+        """
         salt, lora = (identity.salt, identity.lora) if identity else (None, None)
-        return cls(identity, chain_root(namespace, salt, lora), tokens_per_block)
+        state = cls(identity, chain_root(namespace, salt, lora), tokens_per_block)
+        if identity is not None and not identity.items:
+            state._cache = cache
+        return state
 
     def see_tokens(self, tokens: array[int]) -> None:
         """Take a request's whole list of tokens; hashes survive if it continues what was known."""
@@ -168,7 +186,11 @@ class RequestState:
 
     def hash_through(self, blocks: int) -> list[bytes]:
         """Hash up to `blocks` whole blocks of the tokens known, and return all hashes so far."""
-        have, size = len(self.hashes), self.tokens_per_block
+        size = self.tokens_per_block
+        cache = self._cache if not self.hashes else None
+        if cache is not None:
+            self.hashes += cache.find(self.root, self.tokens, blocks)
+        have = len(self.hashes)
         if have < blocks:
             items = self.identity.items if self.identity else ()
             self.hashes += hash_blocks(
@@ -178,6 +200,8 @@ class RequestState:
                 first_block=have,
                 multimodal=items,
             )
+        if cache is not None:
+            cache.add(self.root, self.tokens, self.hashes)
         return self.hashes
 
     def hash_before(self, block: int) -> bytes:
@@ -241,6 +265,9 @@ class RequestState:
 
     def _take_pages(self, data: Any, is_new: bool) -> bool:
         by_group = getattr(data, "new_block_ids_by_layer_group", None)
+        if not by_group and not data.new_block_ids and len(self._reported) == len(self.pages) == 1:
+            self.fresh = self._reported[0]
+            return False
         if isinstance(by_group, Mapping):
             by_group = [by_group.get(group, []) for group in range(max(by_group, default=-1) + 1)]
         lists = by_group if isinstance(by_group, (list, tuple)) and by_group else [data.new_block_ids]
