@@ -10,6 +10,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+import torch
+
 from kvtier.engine.config import EngineConfig
 from kvtier.engine.group import RankError, RankLost
 from kvtier.engine.model import Model
@@ -215,6 +217,8 @@ def _serve(
     """Be a rank, until rank 0's process closes the pipe or ends."""
     os.environ.clear()
     os.environ.update(environment)
+    # Threads that OpenMP keeps spinning would take the cores from the other ranks.
+    torch.set_num_threads(1)
 
     built: list[Rank] = []
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 import yaml
 
 from kvtier.agent.client import Deadlines
@@ -17,6 +18,9 @@ from kvtier.engine import Engine, EngineConfig, HashModel, Request
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared
 from tests.agent_support import AgentProcess, Place, eventually
 from tests.e2e.test_connector_schedules import TOKENS_PER_BLOCK, random_requests
+
+# Threads that OpenMP keeps spinning would take the cores from the agent and the other ranks.
+torch.set_num_threads(1)
 
 CONNECTOR = {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
 MEMORY = 4 << 20
