@@ -12,13 +12,13 @@ from pathlib import Path
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.agent import wire
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.agent.stores import Stores
 from kvtier.errors import KvTierError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
-from kvtier.store._workers import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ class Door:
             # It left already, or this process is out of descriptors for now.
             self._counters.add("failed_accepts")
             return
-        self._greeters.submit(lambda: self._greet(connection))
+        self._greeters.run(lambda: self._greet(connection))
 
     def close(self) -> None:
         """Stop listening; who has been let in stays."""
         self._socket.close()
         self._path.unlink(missing_ok=True)
-        self._greeters.close(0.0)
+        self._greeters.close()
 
     def _greet(self, connection: socket.socket) -> None:
         try:

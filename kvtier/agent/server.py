@@ -15,12 +15,12 @@ import zmq
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.agent import wire
 from kvtier.agent.desk import Desk
 from kvtier.agent.door import Door
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.agent.stores import Stores
-from kvtier.store._workers import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Agent:
             raise
         if callable(answer):
             self._waiting += 1
-            self._waiters.submit(lambda: self._wait(identity, request.id, answer))
+            self._waiters.run(lambda: self._wait(identity, request.id, answer))
         elif answer is not None:
             self._reply(identity, answer)
 
@@ -234,7 +234,7 @@ class Agent:
 
     def _close(self) -> None:
         (self.directory / wire.DESK).unlink(missing_ok=True)
-        self._waiters.close(0.0)
+        self._waiters.close()
         self._router.close()
         self._context.term()
         self.sessions.remove_all()

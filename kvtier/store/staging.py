@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.codec import BlockCodec
 from kvtier.errors import CorruptBlock
-from kvtier.store._workers import Workers
 from kvtier.store.base import ticket_slot
 from kvtier.tiers import Buffer, StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
@@ -153,7 +153,7 @@ class Stager:
             if lane.in_flight == 0:
                 lane.progress = time.monotonic()
             lane.in_flight += 1
-        lane.workers.submit(lambda: self._read(depth, fetch))
+        lane.workers.run(lambda: self._read(depth, fetch))
 
     def _read(self, depth: int, fetch: _Fetch) -> None:
         lane = self._lanes[depth]

@@ -13,8 +13,8 @@ from functools import partial
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.codec import BlockCodec
-from kvtier.store._workers import Workers
 from kvtier.tiers import StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
 
@@ -68,7 +68,7 @@ class _TierQueue:
             if self._writing:
                 return
             self._writing = True
-        self._worker.submit(self._drain)
+        self._worker.run(self._drain)
 
     def wait_empty(self, deadline: float) -> bool:
         with self._changed:
@@ -125,7 +125,7 @@ class WriteThrough:
                 taken = bool(self._tiers) and self._pinned < max(1, self._memory.slots // 2)
                 self._pinned += taken
             if taken:
-                self._encoders.submit(partial(self._encode, block))
+                self._encoders.run(partial(self._encode, block))
             else:
                 self._memory.unpin([block.slot])
                 if self._tiers:

@@ -10,12 +10,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
 from kvtier.tiers.base import Deliver, StoredBlock
@@ -106,8 +107,9 @@ class DiskTier:
             for index in reversed(range(count))
         ]
         self._shards = shards[::-1]
-        self._readers = ThreadPoolExecutor(_THREADS - 1, "kvtier-disk-read")
-        self._writers = ThreadPoolExecutor(_THREADS - 1, "kvtier-disk-write")
+        # A connection to a shard belongs to the thread that made it: nobody else can close it.
+        self._readers = Workers("disk-read", _THREADS - 1, at_end=self._disconnect)
+        self._writers = Workers("disk-write", _THREADS - 1, at_end=self._disconnect)
         self._opened = threading.Event()
         self._stop = threading.Event()
         self._maintenance = threading.Thread(target=self._maintain, name="kvtier-disk", daemon=True)
@@ -193,27 +195,11 @@ class DiskTier:
         self._stop.set()
         self._maintenance.join(timeout)
         for pool in (self._readers, self._writers):
-            self._end(pool, deadline)
+            pool.close(max(0.0, deadline - time.monotonic()))
         for shard in self._shards:
             shard.close()
         if self._lock_file is not None:
             os.close(self._lock_file)
-
-    def _end(self, pool: ThreadPoolExecutor, deadline: float) -> None:
-        """End a pool's threads, each of which closes its own connections: nobody else can."""
-        threads = threading.Barrier(_THREADS - 1)
-
-        def leave() -> None:
-            # Together, so that no thread takes two of these jobs.
-            with contextlib.suppress(threading.BrokenBarrierError):
-                threads.wait(max(0.0, deadline - time.monotonic()))
-            self._disconnect()
-
-        # At the interpreter's end its threads are gone already, and their connections with them.
-        with contextlib.suppress(RuntimeError):
-            leaving = [pool.submit(leave) for _ in range(_THREADS - 1)]
-            pool.shutdown(wait=False)
-            wait(leaving, max(0.0, deadline - time.monotonic()))
 
     def _disconnect(self) -> None:
         for shard in self._shards:
@@ -275,7 +261,7 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _share(pool: ThreadPoolExecutor, jobs: Sequence[_Job], work: Callable[[_Job], None]) -> None:
+def _share(pool: Workers, jobs: Sequence[_Job], work: Callable[[_Job], None]) -> None:
     """Do `work` on every job, begun in order, in this thread and those of the pool that are free."""
     queue: SimpleQueue[_Job] = SimpleQueue()
     for job in jobs:
@@ -289,11 +275,8 @@ def _share(pool: ThreadPoolExecutor, jobs: Sequence[_Job], work: Callable[[_Job]
                 return
             work(job)
 
-    helpers: list[Future[None]] = []
-    # A pool that is shut down takes no more jobs: the tier is being closed, and this thread finishes alone.
-    with contextlib.suppress(RuntimeError):
-        for _ in range(min(len(jobs), _THREADS) - 1):
-            helpers.append(pool.submit(drain))
+    # A closed pool takes no more jobs: this thread finishes alone.
+    helpers: list[Future[None]] = [pool.submit(drain) for _ in range(min(len(jobs), _THREADS) - 1)]
     drain()
     for helper in helpers:
         if not helper.cancel():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
 from array import array
-from concurrent.futures import CancelledError
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +15,6 @@ from kvtier.tiers.s3.breaker import Breaker
 from kvtier.tiers.s3.index import Location
 from kvtier.tiers.s3.pack import Pack, window_blocks
 from kvtier.tiers.s3.packer import Packer
-from kvtier.tiers.s3.pool import DaemonPool
 from kvtier.tiers.s3.reader import MAX_GAP_BYTES, RANGE_BYTES, plan_ranges
 
 WINDOW = 8
@@ -284,39 +281,3 @@ def test_plans_cover_each_block_once(shapes: list[list[tuple[int, int]]], rng: r
             assert place.offset + place.length <= plan.offset + plan.length
         total = sum(place.length for place in wanted)
         assert plan.length <= max(RANGE_BYTES[0], total // connections) or len(plan.blocks) == 1
-
-
-def test_pool_runs_calls_on_as_many_threads_as_it_may() -> None:
-    pool = DaemonPool("test", 3)
-    gate = threading.Barrier(3)
-    futures = [pool.submit(lambda: gate.wait(30)) for _ in range(6)]
-    assert sorted(future.result(30) for future in futures) == [0, 0, 1, 1, 2, 2]
-    pool.close()
-
-
-def test_pool_hands_on_exceptions_and_goes_on() -> None:
-    pool = DaemonPool("test", 1)
-    with pytest.raises(ZeroDivisionError):
-        pool.submit(lambda: 1 / 0).result(30)
-    assert pool.submit(lambda: 5).result(30) == 5
-    pool.close()
-
-
-def test_closing_a_pool_cancels_what_has_not_begun() -> None:
-    pool = DaemonPool("test", 1)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow() -> str:
-        begun.set()
-        assert go_on.wait(30)
-        return "done"
-
-    running, waiting = pool.submit(slow), pool.submit(lambda: "never")
-    assert begun.wait(30)
-    pool.close()
-    with pytest.raises(CancelledError):
-        waiting.result(30)
-    with pytest.raises(CancelledError):
-        pool.submit(lambda: "late").result(30)
-    go_on.set()
-    assert running.result(30) == "done"

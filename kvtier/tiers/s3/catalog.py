@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.errors import AccessDenied, CorruptBlock, TierUnavailable
 from kvtier.hashing import Namespace
 from kvtier.tiers.s3.bucket import Bucket, ListedObject, ObjectMissing
@@ -24,7 +25,6 @@ from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer
 from kvtier.tiers.s3.pack_table import PackTable
-from kvtier.tiers.s3.pool import DaemonPool
 from kvtier.tiers.s3.segment import MAX_SEGMENT_BYTES, read_segment, write_segments
 
 A = TypeVar("A")
@@ -90,7 +90,7 @@ class Catalog:
         self.ready = threading.Event()
         self._stop = False
         self._wake = threading.Event()
-        self._pool = DaemonPool("kvtier-s3-load", _LOADERS)
+        self._pool = Workers("s3-load", _LOADERS)
         self._thread = threading.Thread(target=self._run, name="kvtier-s3-index", daemon=True)
         self._polling = threading.Lock()
         self._wide_poll_at = 0.0
@@ -110,7 +110,7 @@ class Catalog:
         """Let the thread end; a request that it waits for is not waited for."""
         self._stop = True
         self._wake.set()
-        self._pool.close()
+        self._pool.close(cancel=True)
 
     def wake(self) -> None:
         """Let the thread look at the breaker now, which has opened: it is the one that probes."""
@@ -213,7 +213,7 @@ class Catalog:
             self._rebuild_in_background(None)
         if time.monotonic() >= self._compact_at and not self._writing.breaker.is_open:
             self._compact_at = time.monotonic() + random.uniform(*_COMPACT_SECONDS)  # noqa: S311
-            self._pool.submit(partial(compact_quietly, self._compactor))
+            self._pool.run(partial(compact_quietly, self._compactor))
 
     def compact(self) -> None:
         """Compact index segments now; see `Compactor.run`.
@@ -243,7 +243,7 @@ class Catalog:
                 self._rebuild_pause = _REBUILD_PAUSE[0]
 
         self._rebuild_at = None
-        self._pool.submit(job)
+        self._pool.run(job)
 
     def _claim_namespace(self) -> None:
         """Make sure that the namespace document in the bucket is ours, writing it if there is none."""

@@ -13,12 +13,12 @@ from functools import partial
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.tiers.base import Deliver
 from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
 from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex, Location, PackEntry
 from kvtier.tiers.s3.keys import Keys
-from kvtier.tiers.s3.pool import DaemonPool
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class BlockReader:
         self._index = index
         self._health = health
         self._counters = counters
-        self._pool = DaemonPool("kvtier-s3-read", concurrency)
+        self._pool = Workers("s3-read", concurrency)
         self._concurrency = concurrency
         self._patience = patience
         self._buffers = threading.local()
@@ -133,7 +133,7 @@ class BlockReader:
 
     def close(self) -> None:
         """Take no more requests; those under way run into their time-outs at worst."""
-        self._pool.close()
+        self._pool.close(cancel=True)
 
     def _fetch(self, plan: RangePlan, deliver: Deliver, deadline: float) -> None:
         """Deliver a range block by block as it arrives: what has come is decoded while the rest is coming."""
