@@ -87,12 +87,14 @@ class AgentClient:
         """Wait until the agent can be used, or `timeout` seconds."""
         return self._link.wait_up(timeout)
 
-    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
+    def match(
+        self, hashes: Sequence[bytes], wait: float | None = None, block_cost: float | None = None
+    ) -> Match:
         """Find and lease blocks; see `StoreClient.match`."""
         if not hashes:
             return Match()
         wait = wire.bounded_wait(self._lookup_wait if wait is None else wait)
-        request = wire.MatchBlocks(0, 0, b"".join(hashes[: wire.MAX_BLOCKS]), wait)
+        request = wire.MatchBlocks(0, 0, b"".join(hashes[: wire.MAX_BLOCKS]), wait, block_cost or 0.0)
         asked = self._clock()
         answer = self._link.call(request, wait + self._deadlines.match)
         if answer is None:

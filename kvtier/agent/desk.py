@@ -89,14 +89,17 @@ class Desk:
         lookup = session.opened.store.look_up(hashes)
         wait = wire.bounded_wait(request.wait)
         if wait and lookup.origin:
-            return lambda: self._matched(session, request.id, lookup, wait)
+            cost = wire.bounded_wait(request.block_cost) or None
+            return lambda: self._matched(session, request.id, lookup, wait, cost)
         return self._matched(session, request.id, lookup, 0.0)
 
-    def _matched(self, session: Session, number: int, lookup: Lookup, wait: float) -> wire.Matched:
+    def _matched(
+        self, session: Session, number: int, lookup: Lookup, wait: float, block_cost: float | None = None
+    ) -> wire.Matched:
         store, group = session.opened.store, session.group
         # Every rank reads what is stored once for all (one shard), and a rank may stand for several shards.
         holders = max(group.ranks, store.layout.shards)
-        match = store.finish(lookup, wait, holders=holders, owner=group.owner)
+        match = store.finish(lookup, wait, block_cost, holders=holders, owner=group.owner)
         if match.lease and not group.members:
             # The engine went while this waited: nobody will release it.
             store.release(match.lease)

@@ -119,10 +119,11 @@ class Ping(Request, tag="ping"):
 
 
 class MatchBlocks(Request, tag="match"):
-    """`StoreClient.match`: hashes one after the other."""
+    """`StoreClient.match`: hashes one after the other; a block's cost in seconds, 0 if it is not known."""
 
     hashes: bytes
     wait: float
+    block_cost: float = 0.0
 
 
 class Renew(Request, tag="renew"):

@@ -33,16 +33,20 @@ class StoreClient(Protocol):
 
     layout: BlockLayout
 
-    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
+    def match(
+        self, hashes: Sequence[bytes], wait: float | None = None, block_cost: float | None = None
+    ) -> Match:
         """Find the longest leading run of `hashes` that can be promised now.
 
         Blocks that lie resident in the arena count at once; for those after them that another tier holds,
-        fetching starts in the background, and `match` waits up to `wait` seconds (None: the configured
-        lookup wait; 0: not at all) for them to arrive. What arrives later serves the next lookup.
+        fetching starts in the background, and `match` waits for them to arrive, as long as that pays: not
+        for what is expected later than `wait`, nor for what is computed sooner than it arrives. What arrives
+        later serves the next lookup.
 
         Args:
             hashes: Chained block hashes of one prompt, in order, 16 bytes each.
-            wait: Seconds to wait at most.
+            wait: Seconds to wait at most; None: the configured lookup wait; 0: not at all.
+            block_cost: Seconds that the engine takes to compute one block, if it is known.
 
         Returns:
             Verified, leased blocks. Whoever gets a lease releases it, or it expires by itself.

@@ -14,6 +14,7 @@ from kvtier._workers import Workers
 from kvtier.codec import BlockCodec
 from kvtier.errors import CorruptBlock
 from kvtier.store.base import ticket_slot
+from kvtier.store.gate import Pace, patience
 from kvtier.tiers import Buffer, StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
 
@@ -34,16 +35,41 @@ class _Lane:
 
     tier: Tier
     workers: Workers
+    pace: Pace = field(default_factory=Pace)
     in_flight: int = 0
     progress: float = 0.0
 
 
-@dataclass(slots=True)
 class _Fetch:
-    """Blocks asked of one tier in one read: each hash's ticket until it is delivered, and what failed."""
+    """Blocks asked of one tier in one read.
 
-    tickets: dict[bytes, int]
-    failed: list[tuple[bytes, int]] = field(default_factory=list)
+    Attributes:
+        lane: The tier.
+        tickets: Each hash's ticket until it is delivered.
+        places: Each hash's place in the read.
+        failed: What could not be delivered.
+        begun: When the read was ordered, on `time.monotonic`'s clock.
+        landed: When blocks landed.
+    """
+
+    __slots__ = ("begun", "failed", "landed", "lane", "places", "tickets")
+
+    def __init__(self, lane: _Lane, tickets: dict[bytes, int]) -> None:
+        self.lane = lane
+        self.tickets = tickets
+        self.places = {block: place for place, block in enumerate(tickets)}
+        self.failed: list[tuple[bytes, int]] = []
+        self.begun = time.monotonic()
+        self.landed: list[float] = []
+
+    def expected(self, block: bytes) -> float:
+        return self.begun + self.lane.pace.arrival(self.places[block])
+
+    def end(self) -> None:
+        if self.landed:
+            # Threads land blocks side by side: their times need not be in order.
+            first, last = min(self.landed), max(self.landed)
+            self.lane.pace.saw(len(self.landed), first - self.begun, last - self.begun)
 
 
 class Stager:
@@ -72,7 +98,7 @@ class Stager:
         self._promote = promote
         self._lanes = [_Lane(tier, Workers(f"stage-{tier.name}", READERS_PER_TIER)) for tier in tiers]
         self._changed = threading.Condition()
-        self._flights: dict[bytes, _Lane] = {}
+        self._flights: dict[bytes, _Fetch] = {}
 
     def stage(self, hashes: Sequence[bytes]) -> dict[bytes, str]:
         """Start fetching the leading run of `hashes` that the lower tiers hold.
@@ -92,27 +118,42 @@ class Stager:
             position += run
         return origin
 
-    def wait(self, hashes: Sequence[bytes], deadline: float) -> None:
-        """Wait until `hashes` have arrived, one of them failed, its tier stalls, or `deadline` has come.
+    def wait(self, hashes: Sequence[bytes], wait: float, block_cost: float | None = None) -> None:
+        """Wait until `hashes` have arrived, one of them failed, its tier stalls, or waiting pays no more.
 
         Args:
             hashes: Blocks of one run, in order.
-            deadline: On `time.monotonic`'s clock.
+            wait: Seconds to wait at most.
+            block_cost: Seconds that computing a block takes, if known.
         """
         arrived = 0
         with self._changed:
+            deadline = time.monotonic() + patience(self._arrivals(hashes), wait, block_cost)
             while arrived < len(hashes):
-                lane = self._flights.get(hashes[arrived])
-                if lane is None:
+                fetch = self._flights.get(hashes[arrived])
+                if fetch is None:
                     if self._memory.state(hashes[arrived]) != "ready":
                         return
                     arrived += 1
                     continue
-                now = time.monotonic()
-                patience = min(deadline, lane.progress + STALL_SECONDS) - now
-                if patience <= 0:
+                left = min(deadline, fetch.lane.progress + STALL_SECONDS) - time.monotonic()
+                if left <= 0:
                     return
-                self._changed.wait(patience)
+                self._changed.wait(left)
+
+    def _arrivals(self, hashes: Sequence[bytes]) -> list[float]:
+        """Return when each block of a run is expected, in seconds from now, as far as it is under way."""
+        now = time.monotonic()
+        arrivals: list[float] = []
+        latest = 0.0
+        for block in hashes:
+            fetch = self._flights.get(block)
+            if fetch is not None:
+                latest = max(latest, fetch.expected(block) - now)
+            elif self._memory.state(block) != "ready":
+                break
+            arrivals.append(latest)
+        return arrivals
 
     def close(self, timeout: float) -> None:
         """End the threads; what is under way is given `timeout` seconds."""
@@ -122,10 +163,10 @@ class Stager:
     def _resident_or_underway(self, hashes: Sequence[bytes], origin: dict[bytes, str]) -> int:
         with self._changed:
             for count, block in enumerate(hashes):
-                lane = self._flights.get(block)
-                if lane is None and self._memory.state(block) != "ready":
+                fetch = self._flights.get(block)
+                if fetch is None and self._memory.state(block) != "ready":
                     return count
-                origin[block] = lane.tier.name if lane else "memory"
+                origin[block] = fetch.lane.tier.name if fetch else "memory"
         return len(hashes)
 
     def _fetch_run(self, hashes: Sequence[bytes], origin: dict[bytes, str]) -> int:
@@ -139,8 +180,8 @@ class Stager:
                 count = tickets.index(None) if None in tickets else len(tickets)
                 self._memory.abort([ticket for ticket in tickets[count:] if ticket is not None])
                 leading = [ticket for ticket in tickets[:count] if ticket is not None]
-                fetch = _Fetch(dict(zip(run, leading, strict=False)))
-                self._flights.update(dict.fromkeys(fetch.tickets, lane))
+                fetch = _Fetch(lane, dict(zip(run, leading, strict=False)))
+                self._flights.update(dict.fromkeys(fetch.tickets, fetch))
             if count:
                 origin.update(dict.fromkeys(run[:count], lane.tier.name))
                 self._start(depth, fetch)
@@ -165,7 +206,7 @@ class Stager:
                 return
             landed = False
             try:
-                landed = payload is not None and self._land(depth, block, ticket, payload)
+                landed = payload is not None and self._land(fetch, block, ticket, payload)
             finally:
                 if not landed:
                     fetch.failed.append((block, ticket))
@@ -179,10 +220,11 @@ class Stager:
                 fetch.failed.append(fetch.tickets.popitem())
             with self._changed:
                 lane.in_flight -= 1
+                fetch.end()
             self._fall_through(depth, fetch.failed)
 
-    def _land(self, depth: int, block: bytes, ticket: int, payload: Buffer) -> bool:
-        lane = self._lanes[depth]
+    def _land(self, fetch: _Fetch, block: bytes, ticket: int, payload: Buffer) -> bool:
+        lane = fetch.lane
         try:
             self._codec.decode(block, payload, self._memory.view(ticket_slot(ticket)))
         except CorruptBlock as error:
@@ -194,6 +236,7 @@ class Stager:
         self._counters.add(f"{lane.tier.name}_staged_blocks")
         with self._changed:
             lane.progress = time.monotonic()
+            fetch.landed.append(lane.progress)
             del self._flights[block]
             self._changed.notify_all()
         return True
@@ -204,9 +247,10 @@ class Stager:
             lane = self._lanes[below]
             held = {block: ticket for block, ticket in failed if lane.tier.match([block])}
             if held:
+                fetch = _Fetch(lane, held)
                 with self._changed:
-                    self._flights.update(dict.fromkeys(held, lane))
-                self._start(below, _Fetch(held))
+                    self._flights.update(dict.fromkeys(held, fetch))
+                self._start(below, fetch)
                 failed = [entry for entry in failed if entry[0] not in held]
         if failed:
             self._memory.abort([ticket for _, ticket in failed])

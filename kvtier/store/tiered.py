@@ -118,9 +118,11 @@ class TieredStore:
         tiers = open_tiers(config, namespace, layout)
         return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
 
-    def match(self, hashes: Sequence[bytes], wait: float | None = None) -> Match:
+    def match(
+        self, hashes: Sequence[bytes], wait: float | None = None, block_cost: float | None = None
+    ) -> Match:
         """Find, stage and lease; see `StoreClient.match`."""
-        return self.finish(self.look_up(hashes), self._lookup_wait if wait is None else wait)
+        return self.finish(self.look_up(hashes), self._lookup_wait if wait is None else wait, block_cost)
 
     def look_up(self, hashes: Sequence[bytes]) -> Lookup:
         """Begin a match: pin what is resident, and start fetching what follows. Does not wait.
@@ -136,12 +138,21 @@ class TieredStore:
         origin = self._stager.stage(missing) if missing and self._tiers else {}
         return Lookup(hashes, slots, origin)
 
-    def finish(self, lookup: Lookup, wait: float, *, holders: int | None = None, owner: int = 0) -> Match:
+    def finish(
+        self,
+        lookup: Lookup,
+        wait: float,
+        block_cost: float | None = None,
+        *,
+        holders: int | None = None,
+        owner: int = 0,
+    ) -> Match:
         """End a match: wait for what is under way, and lease what is there.
 
         Args:
             lookup: From `look_up`.
             wait: Seconds to wait at most.
+            block_cost: Seconds that computing a block takes, if known.
             holders: How many ranks have to release the lease; None: one for each shard.
             owner: For `drop_owner`.
         """
@@ -149,7 +160,7 @@ class TieredStore:
         sources = {"memory": len(slots)} if slots else {}
         if origin:
             missing = list(origin)
-            self._stager.wait(missing, time.monotonic() + wait)
+            self._stager.wait(missing, wait, block_cost)
             arrived = self.memory.acquire(missing)
             for block in missing[: len(arrived)]:
                 sources[origin[block]] = sources.get(origin[block], 0) + 1

@@ -269,3 +269,50 @@ def test_the_chain_is_kept_with_every_block():
     store.close(5)
     parents = [ROOT, *hashes]
     assert seen == {block: (parents[i], i) for i, block in enumerate(hashes)}
+
+
+class SlowTier(DictTier):
+    """A tier whose reads take some time to begin with their first block."""
+
+    seconds = 0.1
+
+    def read(self, hashes, deliver) -> None:
+        time.sleep(self.seconds)
+        super().read(hashes, deliver)
+
+
+def slow_store(hashes):
+    tier = SlowTier("s3")
+    tier.blocks = filled("s3", hashes).blocks
+    return tier, make_store([tier])
+
+
+def test_what_is_computed_sooner_than_it_arrives_is_not_waited_for():
+    hashes = chain(40)
+    tier, store = slow_store(hashes)
+    for block in hashes[:3]:
+        assert len(store.match([block], wait=PATIENT).slots) == 1
+    tier.seconds = 2.0
+    assert store.match(hashes[3:5], wait=PATIENT, block_cost=0.01).slots == ()
+    settled(store, hashes[3:5], 2)
+    assert len(store.match(hashes[3:5], wait=0).slots) == 2
+    store.close(5)
+
+
+def test_what_arrives_sooner_than_it_is_computed_is_waited_for():
+    hashes = chain(40)
+    _, store = slow_store(hashes)
+    for block in hashes[:3]:
+        assert len(store.match([block], wait=PATIENT).slots) == 1
+    assert len(store.match(hashes[3:], wait=PATIENT, block_cost=PATIENT).slots) == 37
+    store.close(5)
+
+
+def test_a_tier_that_was_slow_once_is_waited_for_again():
+    hashes = chain(40)
+    tier, store = slow_store(hashes)
+    for seconds, block in zip((0.0, 0.0, 0.2, 0.0), hashes, strict=False):
+        tier.seconds = seconds
+        assert len(store.match([block], wait=PATIENT).slots) == 1
+    assert len(store.match(hashes[4:], wait=PATIENT, block_cost=0.01 * PATIENT).slots) == 36
+    store.close(5)

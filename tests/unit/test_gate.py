@@ -1,0 +1,73 @@
+"""How long a lookup may wait."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.store.gate import Pace, patience
+
+times = st.floats(0.0, 5.0)
+costs = st.floats(1e-4, 1.0)
+
+
+def test_what_arrives_faster_than_it_is_computed_is_waited_for_whole() -> None:
+    arrivals = [0.010 + 0.001 * index for index in range(20)]
+    assert arrivals[-1] <= patience(arrivals, 0.05, 0.01) <= 0.05
+
+
+def test_what_arrives_slower_than_it_is_computed_is_not_waited_for() -> None:
+    assert patience([0.010 * (index + 1) for index in range(4)], 0.05, 0.009) == 0.0
+
+
+def test_the_first_blocks_alone_are_waited_for_when_the_rest_is_slow() -> None:
+    assert 0.002 <= patience([0.001, 0.002, 5.0], 10.0, 0.01) <= 0.02
+
+
+def test_nothing_is_waited_for_that_comes_too_late() -> None:
+    assert patience([0.2, 0.3], 0.05, None) == 0.0
+    assert patience([0.2, 0.3], 0.05, 10.0) == 0.0
+    assert patience([], 0.05, None) == 0.0
+
+
+def test_whatever_comes_in_time_is_waited_for_while_the_engine_s_speed_is_unknown() -> None:
+    assert patience([0.01, 9.0], 0.05, None) == 0.05
+
+
+def test_blocks_that_are_overdue_are_worth_a_short_wait() -> None:
+    assert 0.0 < patience([-0.01, -0.005], 0.05, 0.004) <= 0.05
+
+
+@given(st.lists(times, max_size=20).map(sorted), times, costs)
+def test_a_wait_never_exceeds_what_it_may_be_and_what_it_saves(
+    arrivals: list[float], wait: float, cost: float
+) -> None:
+    seconds = patience(arrivals, wait, cost)
+    assert 0.0 <= seconds <= wait
+    assert seconds <= len(arrivals) * cost
+
+
+def test_pace_follows_what_a_tier_delivers() -> None:
+    pace = Pace()
+    assert pace.arrival(10) == 0.0
+    pace.saw(11, 0.1, 0.2)
+    assert [pace.arrival(place) for place in (0, 10)] == [pytest.approx(0.1), pytest.approx(0.2)]
+    for _ in range(3):
+        pace.saw(11, 0.02, 0.03)
+    assert [pace.arrival(place) for place in (0, 10)] == [pytest.approx(0.02), pytest.approx(0.03)]
+
+
+def test_one_read_that_hung_changes_nothing() -> None:
+    pace = Pace()
+    for first in (0.02, 0.02, 30.0, 0.02):
+        pace.saw(1, first, first)
+    assert pace.arrival(0) == pytest.approx(0.02)
+
+
+def test_a_read_of_one_block_says_nothing_about_the_next() -> None:
+    pace = Pace()
+    pace.saw(11, 0.1, 0.2)
+    for _ in range(5):
+        pace.saw(1, 0.1, 0.1)
+    assert pace.arrival(10) == pytest.approx(0.2)
