@@ -288,7 +288,7 @@ def slow_store(hashes):
 
 
 def test_what_is_computed_sooner_than_it_arrives_is_not_waited_for():
-    hashes = chain(40)
+    hashes = chain(12)
     tier, store = slow_store(hashes)
     for block in hashes[:3]:
         assert len(store.match([block], wait=PATIENT).slots) == 1
@@ -300,19 +300,19 @@ def test_what_is_computed_sooner_than_it_arrives_is_not_waited_for():
 
 
 def test_what_arrives_sooner_than_it_is_computed_is_waited_for():
-    hashes = chain(40)
+    hashes = chain(12)
     _, store = slow_store(hashes)
     for block in hashes[:3]:
         assert len(store.match([block], wait=PATIENT).slots) == 1
-    assert len(store.match(hashes[3:], wait=PATIENT, block_cost=PATIENT).slots) == 37
+    assert len(store.match(hashes[3:], wait=PATIENT, block_cost=PATIENT).slots) == 9
     store.close(5)
 
 
 def test_a_tier_that_was_slow_once_is_waited_for_again():
-    hashes = chain(40)
+    hashes = chain(12)
     tier, store = slow_store(hashes)
     for seconds, block in zip((0.0, 0.0, 0.2, 0.0), hashes, strict=False):
         tier.seconds = seconds
         assert len(store.match([block], wait=PATIENT).slots) == 1
-    assert len(store.match(hashes[4:], wait=PATIENT, block_cost=0.01 * PATIENT).slots) == 36
+    assert len(store.match(hashes[4:], wait=PATIENT, block_cost=0.01 * PATIENT).slots) == 8
     store.close(5)
