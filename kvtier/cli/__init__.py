@@ -8,8 +8,12 @@ from typing import Annotated
 
 import typer
 
+from kvtier.cli import bucket as bucket_command
 from kvtier.cli import config as config_command
 from kvtier.cli.agent import agent as agent_command
+from kvtier.cli.ls import ls as ls_command
+from kvtier.cli.rebuild_index import rebuild_index as rebuild_index_command
+from kvtier.cli.verify import verify as verify_command
 from kvtier.errors import KvTierError
 
 app = typer.Typer(
@@ -18,6 +22,10 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure kvtier on this machine.", no_args_is_help=True)
 app.add_typer(config_command.app, name="config")
 app.command("agent")(agent_command)
+app.add_typer(bucket_command.app, name="bucket")
+app.command("ls")(ls_command)
+app.command("verify")(verify_command)
+app.command("rebuild-index")(rebuild_index_command)
 app.add_typer(bench, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]

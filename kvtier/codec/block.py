@@ -205,6 +205,30 @@ class BlockCodec:
             raise CorruptBlock("the sections are not those of this layout")
 
 
+def check_block(encoded: Buffer, block_hash: bytes, namespace: bytes) -> None:
+    """Check an encoded block of whatever layout, without decompressing it: what it is, and all checksums.
+
+    Args:
+        encoded: The encoded block; any bytes at all are safe.
+        block_hash: The identity that the block must have, 16 bytes.
+        namespace: The id of the namespace that it must belong to, 16 bytes.
+
+    Raises:
+        CorruptBlock: The bytes are not those that were written for this block.
+    """
+    view = memoryview(encoded).cast("B").toreadonly()
+    header = read_header(view)
+    if (header.total_bytes, header.block_hash, header.namespace) != (len(view), block_hash, namespace):
+        raise CorruptBlock(
+            f"{len(view)} bytes with the header of block {header.block_hash.hex()} of {header.total_bytes} "
+            f"bytes in namespace {header.namespace.hex()}"
+        )
+    end = header_bytes(len(header.sections))
+    for section in header.sections:
+        _verified(view, end, section)
+        end = section.offset + section.stored_bytes
+
+
 def _alignment(block_bytes: int) -> int:
     """The largest power of two that costs at most half a percent of a block, but 64 to 4096."""
     alignment = MAX_ALIGNMENT

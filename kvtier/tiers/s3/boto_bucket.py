@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import re
 import threading
 import time
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 128 << 10
 """A body is read in pieces of this size, with a look at its deadline after each; smaller ones cost CPU."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_MD5_OPERATIONS = ("DeleteObjects", "PutBucketLifecycleConfiguration")
+"""Older servers want Content-MD5 here and take no newer checksum instead."""
 _BOTO_ERRORS = (
     boto_errors.BotoCoreError,
     boto_errors.ClientError,
@@ -98,7 +102,7 @@ class BotoBucket:
         more: dict[str, str] = {"StartAfter": start_after} if start_after else {}
         while True:
             self._counters.add("list_requests")
-            with _translated(f"LIST {prefix}"):
+            with translated(f"LIST {prefix}"):
                 reply = self._connect().list_objects_v2(Bucket=self._config.bucket, Prefix=prefix, **more)  # type: ignore[arg-type]
             if "IsTruncated" not in reply:
                 raise BadReply(f"LIST {prefix}: not a listing")
@@ -118,7 +122,7 @@ class BotoBucket:
         """See `Bucket.delete`."""
         self._counters.add("delete_requests")
         try:
-            with _translated(f"DELETE {key}"):
+            with translated(f"DELETE {key}"):
                 self._connect().delete_object(Bucket=self._config.bucket, Key=key)
         except ObjectMissing:
             return
@@ -157,7 +161,7 @@ class BotoBucket:
     def _get(self, key: str, byte_range: str) -> Iterator[tuple[GetObjectOutputTypeDef, int]]:
         """Make a ranged GET, give the reply and the object's size, and close the body afterwards."""
         self._counters.add("get_requests")
-        with _translated(f"GET {key}"):
+        with translated(f"GET {key}"):
             reply = self._connect().get_object(Bucket=self._config.bucket, Key=key, Range=byte_range)
         try:
             if reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
@@ -172,7 +176,7 @@ class BotoBucket:
             raise BadReply(f"{key}: {reply.get('ContentLength')} bytes announced where {due} were due")
         body: Any = reply["Body"]
         while into.left:
-            with _translated(f"GET {key}"):
+            with translated(f"GET {key}"):
                 count = body.readinto(into.room()[:_CHUNK_BYTES])
             if count == 0:
                 raise ConnectionLost(f"GET {key}: the body ended {into.left} bytes early")
@@ -184,7 +188,7 @@ class BotoBucket:
     def _put(self, key: str, body: bytes, conditional: bool) -> None:
         condition = {"IfNoneMatch": "*"} if conditional else {}
         self._counters.add("put_requests")
-        with _translated(f"PUT {key}"):
+        with translated(f"PUT {key}"):
             reply = self._connect().put_object(Bucket=self._config.bucket, Key=key, Body=body, **condition)  # type: ignore[arg-type]
         if "ETag" not in reply:
             raise BadReply(f"PUT {key}: not the reply of an S3 server")
@@ -200,8 +204,8 @@ def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
 
 def make_client(config: S3Config) -> S3Client:
     """Return a boto3 client for this bucket, retrying nothing by itself; takes some hundred milliseconds."""
-    with _translated("connecting"):
-        return open_session(config).client(
+    with translated("connecting"):
+        client = open_session(config).client(
             "s3",
             endpoint_url=config.endpoint,
             region_name=config.region or ("us-east-1" if config.endpoint else None),
@@ -220,10 +224,19 @@ def make_client(config: S3Config) -> S3Client:
                 user_agent_extra=f"kvtier/{__version__}",
             ),
         )
+    for operation in _MD5_OPERATIONS:
+        client.meta.events.register(f"before-call.s3.{operation}", _add_content_md5)
+    return client
+
+
+def _add_content_md5(params: dict[str, Any], **_: object) -> None:
+    body = params["body"]
+    digest = hashlib.md5(body.encode() if isinstance(body, str) else body, usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """Turn botocore's and urllib3's exceptions into ours, with what the user can do."""
     try:
         yield

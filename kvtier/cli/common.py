@@ -1,0 +1,54 @@
+"""What the commands that look into the bucket share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvtier._counters import Counters
+from kvtier.config import VARIABLE, S3Config, load_config
+from kvtier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvtier.tiers.s3.bucket import Bucket
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help=f"The configuration file; by default the one that {VARIABLE} names."),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def bucket_settings(path: Path | None) -> S3Config:
+    """Return the section `s3` of a configuration.
+
+    Raises:
+        ConfigError: The file is wrong, or has no such section.
+    """
+    config = load_config(path)
+    if config.s3 is None:
+        raise ConfigError("the configuration has no section s3: there is no bucket")
+    return config.s3
+
+
+@contextmanager
+def opened_bucket(config: S3Config) -> Iterator[Bucket]:
+    """Give the bucket of a configuration, and close its connections afterwards."""
+    # The S3 clients take half a second to import, which other commands need not pay.
+    from kvtier.tiers.s3.open_bucket import open_bucket
+
+    bucket = open_bucket(config, Counters())
+    try:
+        yield bucket
+    finally:
+        bucket.close()
+
+
+def shows_progress(json_out: bool) -> bool:
+    """Whether somebody watches standard error."""
+    return not json_out and sys.stderr.isatty()

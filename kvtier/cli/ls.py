@@ -1,0 +1,100 @@
+"""`kvtier ls`: what lies in the bucket."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvtier._counters import Counters
+from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket
+from kvtier.config import format_size
+from kvtier.errors import CorruptBlock
+
+if TYPE_CHECKING:
+    from kvtier.tiers.s3.bucket import Bucket
+
+_LONGEST_LABEL = 60
+
+
+def ls(config: ConfigOption = None, json_out: JsonFlag = False) -> None:
+    """List the namespaces in the bucket: what they are of, packs, blocks, bytes, and the last write."""
+    from kvtier.tiers.s3.namespaces import find_namespaces
+
+    settings = bucket_settings(config)
+    with opened_bucket(settings) as bucket:
+        names = list(find_namespaces(bucket, settings.prefix))
+        report = {name: _summary(bucket, settings.prefix, name) for name in names}
+    if json_out:
+        typer.echo(json.dumps({"namespaces": report}))
+        return
+    table = Table("namespace", "of", "packs", "blocks", "size", "unlisted", "last write")
+    for name, row in report.items():
+        ago = "never" if row["last_write"] is None else _ago(time.time() - row["last_write"])
+        counts = (row["packs"], row["blocks"], format_size(row["bytes"]), row["unlisted"])
+        table.add_row(name, escape(row["of"]), *map(str, counts), ago)
+    Console().print(table)
+
+
+def _summary(bucket: Bucket, prefix: str, name: str) -> dict[str, Any]:
+    from kvtier.tiers.s3.bucket import ObjectMissing
+    from kvtier.tiers.s3.keys import Keys
+    from kvtier.tiers.s3.namespaces import open_catalog, read_facts
+
+    keys = Keys(prefix, name)
+    try:
+        label = describe_facts(read_facts(bucket, keys, name))
+    except (CorruptBlock, ObjectMissing):
+        label = "unknown"
+    catalog, index = open_catalog(bucket, prefix, name, Counters())
+    try:
+        catalog.refresh()
+    finally:
+        catalog.close()
+    listed = set(index.names())
+    sizes = {
+        pack: item.size for item in bucket.list(keys.packs) if (pack := keys.pack_name(item.key)) is not None
+    }
+    times = [keys.segment_time(item.key) for item in bucket.list(keys.index)]
+    written = max((when for when in times if when is not None), default=None)
+    return {
+        "of": label,
+        "packs": len(sizes),
+        "blocks": index.counts()[0],
+        "bytes": sum(sizes.values()),
+        "unlisted": len(sizes.keys() - listed),
+        "last_write": None if written is None else written / 1e9,
+    }
+
+
+def describe_facts(facts: Mapping[str, Any]) -> str:
+    """Say in a few words what a namespace's blocks are of, as far as its facts tell."""
+    model, layout = facts.get("model"), facts.get("layout")
+    words = []
+    if isinstance(model, Mapping):
+        described = model.get("config")
+        kinds = described.get("architectures") if isinstance(described, Mapping) else None
+        words.append(model.get("name") or (kinds[0] if isinstance(kinds, list) and kinds else None))
+    else:
+        words.append(model)
+    if isinstance(layout, Mapping):
+        words += [
+            layout.get("dtype"),
+            layout.get("tokens_per_block") and f"{layout['tokens_per_block']} tokens",
+        ]
+    # What stands in the bucket may be anything: no control characters for the terminal.
+    text = " ".join(str(word) for word in words if word)
+    return "".join(char for char in text if char.isprintable())[:_LONGEST_LABEL] or "unknown"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"
