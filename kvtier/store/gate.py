@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from statistics import median
 
 _READS = 5
+_DRIFT = 1.05
+# Passes over fewer tokens are bound by other things than the tokens they compute.
+_PREFILL_TOKENS = 256
 
 
 class Pace:
@@ -49,3 +52,28 @@ def patience(arrivals: Sequence[float], wait: float, block_cost: float | None) -
         if count * block_cost - arrival > saved:
             best, saved = max(arrival, 0.0), count * block_cost - arrival
     return min(wait, best + saved / 2)
+
+
+class ComputePace:
+    """How fast an engine computes prompts, seen from its passes: what loading has to beat.
+
+    Passes follow each other at once while there is work, so the time from one to the next, divided by the
+    tokens of the first, is what a token costs. Gaps without work make it look slower than it is; the lowest
+    value counts, and drifts up slowly when it is not seen again.
+    """
+
+    def __init__(self) -> None:
+        self._cost: float | None = None
+        self._begun = 0.0
+        self._tokens = 0
+
+    def begins(self, tokens: int, now: float) -> None:
+        """Note that a pass over `tokens` tokens begins, at `now` seconds on a monotonic clock."""
+        if self._tokens >= _PREFILL_TOKENS:
+            seen = (now - self._begun) / self._tokens
+            self._cost = seen if self._cost is None else min(seen, self._cost * _DRIFT)
+        self._begun, self._tokens = now, tokens
+
+    def block_cost(self, tokens_per_block: int) -> float | None:
+        """Return how many seconds a block takes, None before any prompt was computed."""
+        return None if self._cost is None else self._cost * tokens_per_block

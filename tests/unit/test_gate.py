@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.store.gate import Pace, patience
+from kvtier.store.gate import ComputePace, Pace, patience
 
 times = st.floats(0.0, 5.0)
 costs = st.floats(1e-4, 1.0)
@@ -71,3 +71,28 @@ def test_a_read_of_one_block_says_nothing_about_the_next() -> None:
     for _ in range(5):
         pace.saw(1, 0.1, 0.1)
     assert pace.arrival(10) == pytest.approx(0.2)
+
+
+def test_what_a_block_costs_is_seen_from_the_engine_s_passes() -> None:
+    pace = ComputePace()
+    assert pace.block_cost(32) is None
+    pace.begins(1000, 10.0)
+    pace.begins(64, 10.1)
+    pace.begins(64, 10.11)
+    assert pace.block_cost(32) == pytest.approx(0.0032)
+
+
+def test_idle_gaps_and_decoding_hardly_change_what_a_block_costs() -> None:
+    pace = ComputePace()
+    pace.begins(1000, 10.0)
+    pace.begins(64, 10.1)
+    pace.begins(1000, 11.0)
+    pace.begins(64, 500.0)
+    assert pace.block_cost(32) == pytest.approx(0.0032, rel=0.1)
+
+
+def test_an_engine_that_has_become_slower_is_seen_after_some_passes() -> None:
+    pace = ComputePace()
+    for step in range(50):
+        pace.begins(1000, step * (0.1 if step < 10 else 0.2))
+    assert pace.block_cost(1) == pytest.approx(0.0002)
