@@ -131,7 +131,7 @@ def decode(batch: int, iterations: int) -> dict[str, float]:
         engine.step()
     leader, worker = engine.connector.leader, engine.connector.worker
     # On a GPU the copy is enqueued, and does not hold up this thread.
-    worker._pool.copy_out = lambda pages, slot: None
+    worker._transfers.mover.save = lambda blocks, stream: None
     taken: dict[str, list[float]] = {"leader": [], "worker": []}
     saved = []
     for _ in range(iterations):

@@ -13,8 +13,9 @@ from kvtier.trtllm.fields import as_int
 from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.interface import KvCacheConnectorScheduler
-from kvtier.trtllm.meta import ConnectorMeta, Load, Pages, Save
+from kvtier.trtllm.meta import EVERY_PASS, ConnectorMeta, Load, Pages, Save
 from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported, token_array
+from kvtier.trtllm.running import RunningSaves
 from kvtier.trtllm.runtime import LEADER, Ready, Runtime, join
 from kvtier.trtllm.table import RequestTable
 
@@ -43,6 +44,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         self._session = secrets.randbits(62) | 1
         self._runtime: Runtime = join(llm_args, LEADER, self._session)
         self._requests = RequestTable()
+        self._running = RunningSaves()
         self._hashes: HashCache | None = None
         self._nothing = ConnectorMeta(self._session)
 
@@ -106,18 +108,23 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             BrokenPromise: A promised block cannot be loaded.
         """
         ready = self._runtime.ready
+        behind = EVERY_PASS
         try:
+            windows = ready is not None and any(group.window is not None for group in ready.groups)
+            behind = self._running.begin(scheduler_output, windows)
             scheduled = self._advance(scheduler_output)
-            loads = tuple([self._keep_promise(state, ready) for state, _ in scheduled if state.promise])
+            loads = tuple([self._keep_promise(state, ready) for _, state, _ in scheduled if state.promise])
         except Exception as error:
             if isinstance(error, BrokenPromise) or self._requests.promised():
                 raise BrokenPromise(f"promised blocks cannot be loaded: {error}") from error
             self._counters.add("errors_build_connector_meta")
             log_once(_log, "build", "the engine's batch cannot be read, nothing of it is cached: %r", error)
-            return self._nothing
+            return self._nothing._replace(behind=behind)
         saves = self._saves(scheduled, ready) if ready else ()
         self._sweep(ready)
-        return ConnectorMeta(self._session, loads, saves) if loads or saves else self._nothing
+        if not (loads or saves or behind):
+            return self._nothing
+        return ConnectorMeta(self._session, loads, saves, self._running.number, behind)
 
     @shielded(lambda: False)
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
@@ -180,7 +187,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
                 state.identity = None
         state.see_allocation(pages)
 
-    def _advance(self, scheduler_output: Any) -> list[tuple[RequestState, int]]:
+    def _advance(self, scheduler_output: Any) -> list[tuple[int, RequestState, int]]:
         """Take the coming pass into its requests' states; returns these with their valid tokens after it."""
         scheduled = []
         for name in ("new_requests", "cached_requests"):
@@ -197,7 +204,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
                     log_once(_log, "advance", "a request cannot be followed, it is not cached: %r", error)
                     self._requests.pop(data.request_id)
                     continue
-                scheduled.append((state, valid))
+                scheduled.append((data.request_id, state, valid))
         return scheduled
 
     def _keep_promise(self, state: RequestState, ready: Ready | None) -> Load:
@@ -238,12 +245,15 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         return Promise(match.lease, promise.first, match.slots)
 
     @shielded(_no_saves)
-    def _saves(self, scheduled: Sequence[tuple[RequestState, int]], ready: Ready) -> tuple[Save, ...]:
+    def _saves(self, scheduled: Sequence[tuple[int, RequestState, int]], ready: Ready) -> tuple[Save, ...]:
         saves: list[Save] = []
         try:
-            for state, valid in scheduled:
+            for request_id, state, valid in scheduled:
                 if state.identity and valid // state.tokens_per_block > state.handled:
+                    before = len(saves)
                     self._offer(state, valid // state.tokens_per_block, ready, saves)
+                    if len(saves) > before:
+                        self._running.note(request_id)
         except Exception:
             ready.store.abort([save.ticket for save in saves])
             raise
@@ -301,13 +311,12 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         except Exception:
             ready.store.abort([save.ticket for save in saves])
             raise
-        if not saves:
-            return False
-        if not self._runtime.add_tail(request.request_id, saves):
+        if saves and not self._runtime.add_tail(request.request_id, saves):
             self._counters.add("tails_not_told")
             ready.store.abort([save.ticket for save in saves])
             return False
-        return True
+        # Without a tail the workers name the request when the saves that are under way have ended.
+        return (ready.on_gpu and self._running.hold(request.request_id)) or bool(saves)
 
     @shielded(lambda: None)
     def _sweep(self, ready: Ready | None) -> None:

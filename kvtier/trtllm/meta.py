@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 Pages = tuple[int, ...]
 """One block's page in each layer group of the pool, -1 where it has none; a flat pool has one group."""
+
+EVERY_PASS = sys.maxsize
+"""Stands for all passes where the number of one is asked for."""
 
 
 class Load(NamedTuple):
@@ -41,11 +45,15 @@ class ConnectorMeta(NamedTuple):
         session: Names the leader; workers follow it to the store and the tails that are its own.
         loads: To be done before the forward pass.
         saves: To be done after it.
+        number: The leader's number of this pass.
+        behind: The last pass whose saves must have read their pages before this one writes to any.
     """
 
     session: int
     loads: tuple[Load, ...] = ()
     saves: tuple[Save, ...] = ()
+    number: int = 0
+    behind: int = 0
 
 
 def encode_saves(saves: Sequence[Save]) -> bytes:

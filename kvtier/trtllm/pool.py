@@ -1,4 +1,4 @@
-"""The engine's KV pool as rows of bytes: one block copied in, one block copied out."""
+"""The engine's KV pool: which kinds are supported, and where blocks lie in it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from kvtier.errors import LayoutError
+from kvtier.gpu.ranges import NO_PAGE as NO_PAGE
+from kvtier.gpu.ranges import PageMap, Region
 from kvtier.layout import ITEM_BYTES, BlockLayout
 from kvtier.trtllm.fields import as_int, as_text, dig
-from kvtier.trtllm.guard import BrokenPromise
 from kvtier.trtllm.identity import DEFAULT_TOKENS_PER_BLOCK, EngineFacts, torch_name
-from kvtier.trtllm.meta import Pages
-
-NO_PAGE = -1
-"""What the engine writes where a block has no page in a layer group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +38,14 @@ class Pool(Protocol):
         groups: The spaces of page ids, in the order of `Pages`.
         device: Where the bytes lie.
         signature: What else tells this arrangement from another, plain JSON data.
+        map: Where blocks lie; the pool keeps the memory alive.
     """
 
     layout: BlockLayout
     groups: tuple[PageGroup, ...]
     device: torch.device
     signature: dict[str, Any]
-
-    def copy_in(self, slot: torch.Tensor, pages: Pages) -> None:
-        """Write a block, uint8 `[shard_bytes]`, to its pages on the current stream; -1 pages are skipped.
-
-        Raises:
-            BrokenPromise: A page that the pool does not have.
-        """
-        ...
-
-    def copy_out(self, pages: Pages, slot: torch.Tensor) -> None:
-        """Read a block from its pages, all groups, into uint8 `[shard_bytes]` on the current stream.
-
-        Raises:
-            IndexError: A page that the pool does not have.
-        """
-        ...
+    map: PageMap
 
 
 class FlatPool:
@@ -81,26 +64,9 @@ class FlatPool:
         self.groups: tuple[PageGroup, ...] = (PageGroup(0),)
         self.device = tensor.device
         self.signature = {"kind": "flat"}
-        self._rows = tensor.detach().view(tensor.shape[0], -1).view(torch.uint8)
-
-    def copy_in(self, slot: torch.Tensor, pages: Pages) -> None:
-        """Write a block to its page; see `Pool.copy_in`."""
-        (page,) = pages
-        if not 0 <= page < self._rows.shape[0]:
-            raise BrokenPromise(f"the engine wants block {page} loaded, its pool has {self._rows.shape[0]}")
-        self._rows[page].copy_(slot, non_blocking=True)
-
-    def copy_out(self, pages: Pages, slot: torch.Tensor) -> None:
-        """Read a block from its page; see `Pool.copy_out`."""
-        (page,) = pages
-        slot.copy_(self._rows[_checked(page, self._rows.shape[0])], non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Region:
-    rows: torch.Tensor
-    start: int
-    stop: int
+        self._memory = tensor.detach()
+        size = self.layout.shard_bytes
+        self.map = PageMap([Region(0, tensor.data_ptr(), size, size, tensor.shape[0])], 1)
 
 
 class GroupPool:
@@ -118,44 +84,20 @@ class GroupPool:
         self.groups = tuple(
             PageGroup(int(group.layer_group_id), as_int(dig(group, "window_size"))) for group in described
         )
-        self._regions: list[list[_Region]] = []
-        size = 0
-        for group in described:
-            regions = []
+        self._memory: list[torch.Tensor] = []
+        regions = []
+        for index, group in enumerate(described):
             for region in (*group.regions, *(dig(group, "replicated_regions") or ())):
-                regions.append(_Region(_region_rows(region), size, size + int(region.size)))
-                size += int(region.size)
-            self._regions.append(regions)
-        rows = [region.rows for regions in self._regions for region in regions]
-        self.device = rows[0].device
-        self.layout = _group_layout(described, size, tokens_per_block, dig(description, "dtype"), engine)
+                rows = _region_rows(region)
+                self._memory.append(rows)
+                pages, size = rows.shape
+                regions.append(Region(index, rows.data_ptr(), rows.stride(0), size, pages))
+        self.map = PageMap(regions, len(described), sparse=True)
+        self.device = self._memory[0].device
+        self.layout = _group_layout(
+            described, self.map.block_bytes, tokens_per_block, dig(description, "dtype"), engine
+        )
         self.signature = {"kind": "groups", "groups": [_group_signature(group) for group in described]}
-
-    def copy_in(self, slot: torch.Tensor, pages: Pages) -> None:
-        """Write a block to its pages; see `Pool.copy_in`."""
-        for page, regions in zip(pages, self._regions, strict=True):
-            if page == NO_PAGE:
-                continue
-            for region in regions:
-                if not 0 <= page < region.rows.shape[0]:
-                    raise BrokenPromise(
-                        f"the engine wants page {page} loaded, its pool has {len(region.rows)}"
-                    )
-                region.rows[page].copy_(slot[region.start : region.stop], non_blocking=True)
-
-    def copy_out(self, pages: Pages, slot: torch.Tensor) -> None:
-        """Read a block from its pages; see `Pool.copy_out`."""
-        for page, regions in zip(pages, self._regions, strict=True):
-            for region in regions:
-                row = region.rows[_checked(page, region.rows.shape[0])]
-                slot[region.start : region.stop].copy_(row, non_blocking=True)
-
-
-def _checked(page: int, count: int) -> int:
-    # A negative page would be a valid subscript: another request's bytes under this one's hash.
-    if not 0 <= page < count:
-        raise IndexError(f"page {page} of {count}")
-    return page
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -43,11 +43,13 @@ class Ready:
         store: The store, whose layout has all shards.
         namespace: Id of what its blocks are blocks of.
         groups: The spaces of page ids.
+        on_gpu: Whether copies go on behind the engine's back.
     """
 
     store: StoreClient
     namespace: bytes
     groups: tuple[PageGroup, ...]
+    on_gpu: bool = False
 
 
 @dataclass(slots=True)
@@ -128,7 +130,8 @@ class Runtime:
                 self._share()
             first = self._stores.get(0)
             if LEADER in self._joined and first is not None:
-                self.ready = Ready(first.store, first.namespace.id, self._pools[0].groups)
+                pool = self._pools[0]
+                self.ready = Ready(first.store, first.namespace.id, pool.groups, pool.device.type == "cuda")
 
     def follow(self, session: int) -> None:
         """Take orders from a leader in another process: its session names the engine to the agent.

@@ -1,4 +1,4 @@
-"""Copies between the arena and the pool: at once on the CPU, on streams and in order on a GPU."""
+"""When blocks are copied between arena and pool: at once on the CPU, on streams and in order on a GPU."""
 
 from __future__ import annotations
 
@@ -6,39 +6,99 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvtier._logging import log_once
-from kvtier.trtllm.meta import Pages
+from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
+from kvtier.gpu.ranges import PageMap
+from kvtier.trtllm.meta import EVERY_PASS, Pages
 from kvtier.trtllm.pool import Pool
 
 _log = logging.getLogger(__name__)
 
-Copies = Sequence[tuple[torch.Tensor, Pages]]
-"""Slots, uint8 `[shard_bytes]` each, and the pages that belong to them."""
+
+class Blocks(NamedTuple):
+    """Blocks to copy.
+
+    Attributes:
+        slots: Address of each block's slot, uint64 `[blocks]`.
+        pages: Its pages.
+    """
+
+    slots: NDArray[np.uint64]
+    pages: Sequence[Pages]
+
 
 Done = Callable[[bool], None]
 """Called once when copies have ended, with whether all of them were made."""
 
 
-_Pending = tuple[torch.cuda.Event, Callable[[], None]]
+class Mover(Protocol):
+    """How blocks are copied: what is enqueued on a stream, and over before whatever follows on it."""
+
+    def load(self, blocks: Blocks, stream: int) -> None:
+        """Copy slots to pages on the stream with this handle; where blocks may lack pages, -1 is skipped.
+
+        Raises:
+            IndexError: A page that the pool does not have.
+        """
+        ...
+
+    def save(self, blocks: Blocks, stream: int) -> None:
+        """Copy pages to slots on the stream with this handle.
+
+        Raises:
+            IndexError: A page that the pool does not have.
+        """
+        ...
+
+
+class RawMover:
+    """Moves blocks as they are."""
+
+    def __init__(self, pool_map: PageMap, copy: Copy) -> None:
+        self._map = pool_map
+        self._copy = copy
+
+    def load(self, blocks: Blocks, stream: int) -> None:
+        """Copy slots to pages; see `Mover.load`."""
+        pool, host, sizes = self._map.ranges(*blocks, whole=False)
+        self._copy(pool, host, sizes, stream)
+
+    def save(self, blocks: Blocks, stream: int) -> None:
+        """Copy pages to slots; see `Mover.save`."""
+        pool, host, sizes = self._map.ranges(*blocks)
+        self._copy(host, pool, sizes, stream)
 
 
 class Transfers(Protocol):
-    """Moves blocks. None of the methods waits for the GPU, except `drain`."""
+    """Moves blocks, and knows when. None of the methods waits for the GPU, except `drain`."""
 
-    def order(self, stream: Any) -> None:
-        """Let what comes next on `stream` happen after all saves under way have read their pages."""
+    def order(self, stream: Any, behind: int) -> None:
+        """Let what comes next on `stream` happen after the saves of all passes up to `behind`."""
         ...
 
-    def load(self, stream: Any, copies: Copies, done: Done) -> None:
-        """Copy slots to pages on `stream`, before whatever follows on it; errors are raised."""
+    def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        """Copy slots to pages after what is on `stream`, before whatever follows on it; errors are raised."""
         ...
 
-    def save(self, stream: Any, copies: Copies, done: Done) -> None:
-        """Copy pages to slots, after all that was enqueued on `stream` so far; errors are told to `done`."""
+    def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
+        """Copy pages to slots, after all that was enqueued on `stream` so far; errors are told to `done`.
+
+        Args:
+            stream: The engine's stream.
+            blocks: What to copy.
+            done: Called when it is done.
+            number: The pass that they are of; `EVERY_PASS` if the engine keeps their pages until `done`.
+        """
+        ...
+
+    def after_saves(self, done: Callable[[], None]) -> None:
+        """Call `done` when the saves that are under way have ended."""
         ...
 
     def poll(self) -> None:
@@ -52,13 +112,16 @@ class Transfers(Protocol):
 
 def transfers_for(pool: Pool) -> Transfers:
     """Return what moves the blocks of this pool."""
-    return CudaTransfers(pool) if pool.device.type == "cuda" else HostTransfers(pool)
+    if pool.device.type != "cuda":
+        return HostTransfers(RawMover(pool.map, copy_on_host))
+    loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+    saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+    return CudaTransfers(RawMover(pool.map, CudaCopies(pool.device)), loads, saves)
 
 
-def _save_all(pool: Pool, copies: Copies) -> bool:
+def _try_save(mover: Mover, blocks: Blocks, stream: int) -> bool:
     try:
-        for slot, pages in copies:
-            pool.copy_out(pages, slot)
+        mover.save(blocks, stream)
     except Exception as error:  # noqa: BLE001 - a block less in the store is no reason to disturb the engine
         log_once(_log, "save", "blocks could not be saved: %r", error)
         return False
@@ -68,21 +131,24 @@ def _save_all(pool: Pool, copies: Copies) -> bool:
 class HostTransfers:
     """A pool in host memory, as in the reference engine: every copy is over when the call returns."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, mover: Mover) -> None:
+        self.mover = mover
 
-    def order(self, stream: Any) -> None:
+    def order(self, stream: Any, behind: int) -> None:
         """Do nothing: no copy is under way."""
 
-    def load(self, stream: Any, copies: Copies, done: Done) -> None:
+    def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
         """Copy slots to pages."""
-        for slot, pages in copies:
-            self._pool.copy_in(slot, pages)
+        self.mover.load(blocks, 0)
         done(True)
 
-    def save(self, stream: Any, copies: Copies, done: Done) -> None:
+    def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
         """Copy pages to slots."""
-        done(_save_all(self._pool, copies))
+        done(_try_save(self.mover, blocks, 0))
+
+    def after_saves(self, done: Callable[[], None]) -> None:
+        """Call `done`: nothing is under way."""
+        done()
 
     def poll(self) -> None:
         """Do nothing: nothing is under way."""
@@ -91,66 +157,75 @@ class HostTransfers:
         """Do nothing: nothing is under way."""
 
 
-class CudaTransfers:
-    """A pool on a GPU. Loads run on the engine's stream, saves on one of their own, behind the forward pass.
+class _Pending(NamedTuple):
+    event: Any
+    number: int
+    done: Callable[[], None]
 
-    A save only reads pages of whole blocks, which no request writes again; but a page may be freed and given
-    to another request before its copy has been made. So the engine's stream waits for the saves before the
-    next forward pass (`order`).
+
+class CudaTransfers:
+    """A pool on a GPU. Loads and saves have a stream each, joined with the engine's by events on the GPU.
+
+    The engine's own stream may be the legacy default stream, which takes no batches of copies. A load begins
+    after what the engine has enqueued so far, and what it enqueues next begins after the load: as if the
+    copies stood on its stream. Saves begin behind the forward pass and run beside the next ones. These write
+    to other pages, as long as a request holds its own; who may have lost them the leader knows (`order`).
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._device = pool.device
-        self._side = torch.cuda.Stream(device=pool.device)  # type: ignore[no-untyped-call]
+    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
+        """Take what moves the blocks, and two streams that nobody else uses."""
+        self.mover = mover
+        self._load_stream = loads
+        self._save_stream = saves
         self._loads: deque[_Pending] = deque()
         self._saves: deque[_Pending] = deque()
 
-    def order(self, stream: Any) -> None:
-        """Make the stream wait for the last save; the saves' stream runs them in order."""
+    def order(self, stream: Any, behind: int) -> None:
+        """Make the stream wait for the last of these saves; their stream runs them in order."""
+        for pending in reversed(self._saves):
+            if pending.number <= behind:
+                self._engines(stream).wait_event(pending.event)
+                break
+
+    def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        """Enqueue copies between what the engine has enqueued and what it will."""
+        engines = self._engines(stream)
+        self._load_stream.wait_stream(engines)
+        self.mover.load(blocks, self._load_stream.cuda_stream)
+        event = self._load_stream.record_event()
+        engines.wait_event(event)
+        self._loads.append(_Pending(event, 0, partial(done, True)))
+
+    def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
+        """Enqueue copies behind what the engine has enqueued."""
+        self._save_stream.wait_stream(self._engines(stream))
+        made = _try_save(self.mover, blocks, self._save_stream.cuda_stream)
+        # Copies made before one failed are under way all the same: their slots stay taken until the event.
+        event = self._save_stream.record_event()
+        self._saves.append(_Pending(event, number, partial(done, made)))
+
+    def after_saves(self, done: Callable[[], None]) -> None:
+        """Wait for what the last save waits for."""
         if self._saves:
-            self._stream(stream).wait_event(self._saves[-1][0])
-
-    def load(self, stream: Any, copies: Copies, done: Done) -> None:
-        """Enqueue copies on the engine's stream."""
-        self._enqueue(self._stream(stream), self._loads, partial(self._load_all, copies), done)
-
-    def save(self, stream: Any, copies: Copies, done: Done) -> None:
-        """Enqueue copies on the saves' stream, behind the engine's."""
-        self._side.wait_stream(self._stream(stream))
-        self._enqueue(self._side, self._saves, partial(_save_all, self._pool, copies), done)
+            self._saves.append(_Pending(self._saves[-1].event, EVERY_PASS, done))
+        else:
+            done()
 
     def poll(self) -> None:
         """Look which events have passed; the streams pass them in order."""
         for pending in (self._loads, self._saves):
-            while pending and pending[0][0].query():  # type: ignore[no-untyped-call]
-                pending.popleft()[1]()
+            while pending and pending[0].event.query():
+                pending.popleft().done()
 
     def drain(self) -> None:
         """Wait for both streams' last events."""
         for pending in (self._loads, self._saves):
             if pending:
-                pending[-1][0].synchronize()
+                pending[-1].event.synchronize()
         self.poll()
 
-    def _load_all(self, copies: Copies) -> bool:
-        for slot, pages in copies:
-            self._pool.copy_in(slot, pages)
-        return True
-
-    def _enqueue(
-        self,
-        stream: torch.cuda.Stream,
-        pending: deque[_Pending],
-        copy_all: Callable[[], bool],
-        done: Done,
-    ) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            made = copy_all()
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        # Copies made before one failed are under way all the same: their slots stay taken until the event.
-        pending.append((event, partial(done, made)))
-
-    def _stream(self, stream: Any) -> torch.cuda.Stream:
-        return stream if isinstance(stream, torch.cuda.Stream) else torch.cuda.current_stream(self._device)
+    def _engines(self, stream: Any) -> Any:
+        # Who gives no stream means the current one.
+        if hasattr(stream, "wait_event"):
+            return stream
+        return torch.cuda.current_stream(self._load_stream.device)

@@ -11,14 +11,15 @@ import torch
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
-from kvtier.store.base import StoreClient, slot_epoch, ticket_slot
+from kvtier.store.base import StoreClient, ticket_slot
 from kvtier.trtllm.fields import as_int, dig
 from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.interface import KvCacheConnectorWorker, rank_here
-from kvtier.trtllm.meta import ConnectorMeta, Load, Save
+from kvtier.trtllm.meta import EVERY_PASS, ConnectorMeta, Load, Pages, Save
 from kvtier.trtllm.pool import FlatPool, GroupPool, Pool
 from kvtier.trtllm.runtime import Runtime, join, runtime_of
-from kvtier.trtllm.transfer import Copies, Transfers, transfers_for
+from kvtier.trtllm.slots import SlotAddresses
+from kvtier.trtllm.transfer import Blocks, Transfers, transfers_for
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +44,11 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._session: int | None = None
         self._pool: Pool | None = None
         self._transfers: Transfers | None = None
-        # Views of the arena's slots, made when first needed, and the store and epoch that they belong to.
-        self._slots: dict[int, torch.Tensor] = {}
-        self._slots_of: tuple[StoreClient, int] | None = None
+        self._slots = SlotAddresses()
         self._loads: tuple[Load, ...] = ()
         self._saves: tuple[Save, ...] = ()
+        # Number of the pass that is bound, and of the last one whose saves must come before it.
+        self._number = self._behind = 0
         self._saved_tails: list[int] = []
         self._stream: Any = None
 
@@ -74,7 +75,10 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         super().bind_connector_meta(metadata)
         orders = metadata if isinstance(metadata, ConnectorMeta) else ConnectorMeta(self._session or 0)
         self._give_up(set(self._loads) - set(orders.loads), set(self._saves) - set(orders.saves))
-        self._loads, self._saves = orders.loads, orders.saves
+        self._loads, self._saves, self._number = orders.loads, orders.saves, orders.number
+        # Two leaders' numbers do not compare.
+        known = isinstance(metadata, ConnectorMeta) and orders.session == self._session
+        self._behind = max(self._behind, orders.behind if known else EVERY_PASS)
         if isinstance(metadata, ConnectorMeta) and orders.session != self._session:
             self._follow(orders.session)
 
@@ -89,9 +93,10 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._poll()
         try:
             if self._transfers is not None:
-                self._transfers.order(stream)
-            for load in loads:
-                self._load(load, stream)
+                self._transfers.order(stream, self._behind)
+                self._behind = 0
+            if loads:
+                self._load(loads, stream)
         except BrokenPromise:
             raise
         except Exception as error:
@@ -111,7 +116,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         saves, self._saves = self._saves, ()
         self._stream = stream
         if saves:
-            self._save(saves, lambda: None)
+            self._save(saves, lambda: None, self._number)
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
@@ -141,7 +146,6 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._give_up(set(self._loads), set(self._saves))
         self._loads = self._saves = ()
         self._slots.clear()
-        self._slots_of = None
         self._runtime.leave(self._rank)
 
     def _register(self, pool: Pool) -> None:
@@ -181,18 +185,20 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """Say whether another rank saves what this one holds, too."""
         return self._shard != self._rank
 
-    def _load(self, load: Load, stream: Any) -> None:
+    def _load(self, loads: Sequence[Load], stream: Any) -> None:
         store = self._store()
         if store is None or self._transfers is None:
             raise BrokenPromise("blocks were promised, and their store is closed")
-        done = partial(self._loaded, store, load.lease, len(load.blocks))
-        self._transfers.load(stream, self._with_slots(store, load.blocks), done)
+        blocks = [block for load in loads for block in load.blocks]
+        done = partial(self._loaded, store, [load.lease for load in loads], len(blocks))
+        self._transfers.load(stream, self._with_addresses(store, blocks), done)
 
-    def _loaded(self, store: StoreClient, lease: int, blocks: int, _made: bool) -> None:
-        store.release(lease, self._rank)
+    def _loaded(self, store: StoreClient, leases: Sequence[int], blocks: int, _made: bool) -> None:
+        for lease in leases:
+            store.release(lease, self._rank)
         self._counters.add("loaded_blocks", blocks)
 
-    def _save(self, saves: Sequence[Save], then: Callable[[], None]) -> None:
+    def _save(self, saves: Sequence[Save], then: Callable[[], None], number: int) -> None:
         """Start copying blocks to their slots; commits and calls `then` when the copies have ended."""
         store = self._store()
         if store is None or self._transfers is None or self._saves_elsewhere():
@@ -201,8 +207,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         tickets = [save.ticket for save in saves]
         done = partial(self._saved, store, tickets, then)
         try:
-            copies = self._with_slots(store, [(ticket_slot(save.ticket), save.pages) for save in saves])
-            self._transfers.save(self._stream, copies, done)
+            blocks = [(ticket_slot(save.ticket), save.pages) for save in saves]
+            self._transfers.save(self._stream, self._with_addresses(store, blocks), done, number)
         except Exception as error:  # noqa: BLE001 - whatever failed, the tickets must not stay open
             log_once(_log, "save", "blocks could not be saved: %r", error)
             done(False)
@@ -221,21 +227,15 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         certain = self._session is not None and self._session == self._runtime.session
         saves = self._runtime.take_tail(request_id, self._rank) if certain else ()
         if saves:
-            self._save(saves, end)
+            self._save(saves, end, EVERY_PASS)
+        elif self._transfers is not None:
+            self._transfers.after_saves(end)
         else:
             end()
 
-    def _with_slots(self, store: StoreClient, blocks: Sequence[tuple[int, tuple[int, ...]]]) -> Copies:
-        known = self._slots
-        for slot, _ in blocks:
-            place = (store, slot_epoch(slot))
-            if self._slots_of != place:
-                # Views keep an arena mapped whose agent is gone.
-                known = self._slots = {}
-                self._slots_of = place
-            if slot not in known:
-                known[slot] = torch.frombuffer(store.slot_view(slot, self._shard), dtype=torch.uint8)
-        return [(known[slot], pages) for slot, pages in blocks]
+    def _with_addresses(self, store: StoreClient, blocks: Sequence[tuple[int, Pages]]) -> Blocks:
+        slots = self._slots.find(store, self._shard, [slot for slot, _ in blocks])
+        return Blocks(slots, [pages for _, pages in blocks])
 
     def _give_up(self, loads: set[Load], saves: set[Save]) -> None:
         """Release and abort what was ordered and is not going to happen: the pass was called off."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtier.engine import EngineConfig, KVMemory, ModelSpec
 from kvtier.errors import LayoutError
-from kvtier.trtllm import BrokenPromise
+from kvtier.gpu.copies import copy_on_host
+from kvtier.gpu.ranges import PageMap, Region
 from kvtier.trtllm.identity import EngineFacts
 from kvtier.trtllm.pool import FlatPool, GroupPool
+from kvtier.trtllm.transfer import Blocks, RawMover
 from tests.trtllm_support import content, llm_args
 
 SPEC = ModelSpec(layers=5, kv_heads=2, head_dim=8, vocab_size=100)
@@ -25,6 +30,18 @@ def flat(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype)
 
 
+def blocks(slots: list[torch.Tensor], pages: list[tuple[int, ...]]) -> Blocks:
+    return Blocks(np.array([slot.data_ptr() for slot in slots], dtype=np.uint64), pages)
+
+
+def copy_out(pool, pages: tuple[int, ...], slot: torch.Tensor) -> None:
+    RawMover(pool.map, copy_on_host).save(blocks([slot], [pages]), 0)
+
+
+def copy_in(pool, slot: torch.Tensor, pages: tuple[int, ...]) -> None:
+    RawMover(pool.map, copy_on_host).load(blocks([slot], [pages]), 0)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.uint8]
 )
@@ -35,9 +52,9 @@ def test_flat_blocks_come_back_bit_for_bit(dtype, kv_factor):
     assert pool.layout.dtype == str(dtype).removeprefix("torch.")
     before = raw.clone()
     slot = torch.zeros(pool.layout.shard_bytes, dtype=torch.uint8)
-    pool.copy_out((4,), slot)
+    copy_out(pool, (4,), slot)
     assert torch.equal(slot, before[4].flatten())
-    pool.copy_in(slot, (1,))
+    copy_in(pool, slot, (1,))
     assert torch.equal(raw[1], before[4])
     assert torch.equal(raw[[0, 2, 3, 4, 5]], before[[0, 2, 3, 4, 5]])
 
@@ -47,9 +64,9 @@ def test_pages_that_are_none_are_never_touched(page):
     pool = FlatPool(flat(6, 3, 2, 64), facts())
     slot = torch.zeros(pool.layout.shard_bytes, dtype=torch.uint8)
     with pytest.raises(IndexError):
-        pool.copy_out((page,), slot)
-    with pytest.raises(BrokenPromise):
-        pool.copy_in(slot, (page,))
+        copy_out(pool, (page,), slot)
+    with pytest.raises(IndexError):
+        copy_in(pool, slot, (page,))
 
 
 @pytest.mark.parametrize(
@@ -115,8 +132,8 @@ def test_grouped_blocks_come_back_bit_for_bit(num_groups, by_address):
     pages = tuple(range(1, 1 + num_groups))
     targets = tuple(page + 2 for page in pages)
     slot = torch.zeros(pool.layout.shard_bytes, dtype=torch.uint8)
-    pool.copy_out(pages, slot)
-    pool.copy_in(slot, targets)
+    copy_out(pool, pages, slot)
+    copy_in(pool, slot, targets)
     for group in range(num_groups):
         assert torch.equal(pages_of(source, group, targets[group]), pages_of(source, group, pages[group]))
     assert (pool.layout.dtype, pool.layout.layers, pool.layout.kind) == ("uint8", 1, "groups")
@@ -145,13 +162,15 @@ def described(layout, **changes):
 def test_groups_without_a_page_are_skipped_when_loading_and_an_error_when_saving():
     pool = GroupPool(memory().layout, facts())
     slot = torch.ones(pool.layout.shard_bytes, dtype=torch.uint8)
-    pool.copy_in(slot, (2, -1))
+    copy_in(pool, slot, (2, -1))
+    copy_in(pool, slot, (-1, -1))
     with pytest.raises(IndexError):
-        pool.copy_out((2, -1), slot)
-    with pytest.raises(BrokenPromise):
-        pool.copy_in(slot, (2, 1000))
-    with pytest.raises(ValueError, match="zip"):
-        pool.copy_in(slot, (2,))
+        copy_out(pool, (2, -1), slot)
+    for pages in ((2, 1000), (2, -2)):
+        with pytest.raises(IndexError):
+            copy_in(pool, slot, pages)
+    with pytest.raises(ValueError, match="reshape"):
+        copy_in(pool, slot, (2,))
 
 
 def test_uniform_pages_are_known_as_rows_of_keys_and_values():
@@ -178,7 +197,7 @@ def test_replicated_regions_belong_to_the_block():
     pool = GroupPool(layout, facts(kv_cache_config__dtype="bfloat16"))
     assert pool.layout.dtype == "uint8"
     slot = torch.zeros(pool.layout.shard_bytes, dtype=torch.uint8)
-    pool.copy_out((3,), slot)
+    copy_out(pool, (3,), slot)
     assert torch.equal(slot[-16:], spare[48:64])
 
 
@@ -211,3 +230,57 @@ def test_pools_arranged_differently_have_different_signatures():
     windowed = GroupPool(memory(window=8).layout, facts()).signature
     assert all(signatures.count(s) == 1 for s in signatures)
     assert windowed not in signatures
+
+
+@given(st.data())
+def test_ranges_cover_the_bytes_of_all_blocks_and_no_others(data):
+    """Any regions, groups, pages and slots: the same bytes as block by block, byte by byte."""
+    groups = data.draw(st.integers(1, 3))
+    pages = [data.draw(st.integers(1, 9)) for _ in range(groups)]
+    base, regions = 1000, []
+    for group in [*range(groups), *data.draw(st.lists(st.integers(0, groups - 1), max_size=3))]:
+        size = data.draw(st.sampled_from([1, 8, 24]))
+        stride = size + data.draw(st.sampled_from([0, 0, 5]))
+        regions.append(Region(group, base, stride, size, pages[group]))
+        base += stride * pages[group]
+    sparse = data.draw(st.booleans())
+    page_map = PageMap(regions, groups, sparse=sparse)
+    count = data.draw(st.integers(0, 6))
+    wanted = [
+        tuple(data.draw(st.integers(-1 if sparse else 0, limit - 1)) for limit in pages) for _ in range(count)
+    ]
+    step = page_map.block_bytes + data.draw(st.sampled_from([0, 3]))
+    order = data.draw(st.permutations(range(count)))
+    slots = [5000 + place * step for place in order]
+    expected = {}
+    for slot, ids in zip(slots, wanted, strict=True):
+        for region in regions:
+            for byte in range(region.size):
+                if ids[region.group] >= 0:
+                    address = region.base + region.stride * ids[region.group] + byte
+                    expected.setdefault(slot, address)
+                    assert expected[slot] == address
+                slot += 1
+    pool, host, sizes = page_map.ranges(np.array(slots, dtype=np.uint64), wanted, whole=False)
+    found = {}
+    for source, target, size in zip(pool.tolist(), host.tolist(), sizes.tolist(), strict=True):
+        for byte in range(size):
+            assert target + byte not in found
+            found[target + byte] = source + byte
+    assert found == expected
+
+
+def test_blocks_that_follow_on_each_other_are_one_copy():
+    page_map = PageMap([Region(0, 1 << 20, 64, 64, 100)], 1)
+    slots = np.array([0, 64, 128, 256, 320], dtype=np.uint64) + np.uint64(1 << 30)
+    pool, host, sizes = page_map.ranges(slots, [(3,), (4,), (6,), (7,), (8,)])
+    assert sizes.tolist() == [128, 64, 128]
+    assert pool.tolist() == [(1 << 20) + 64 * page for page in (3, 6, 7)]
+    assert host.tolist() == [(1 << 30) + offset for offset in (0, 128, 256)]
+
+
+def test_no_copy_spans_two_regions():
+    """They may be allocations of their own that lie side by side by chance."""
+    page_map = PageMap([Region(0, 1 << 20, 64, 64, 4), Region(0, (1 << 20) + 256, 64, 64, 4)], 1)
+    _, _, sizes = page_map.ranges(np.array([4096], dtype=np.uint64), [(3,)])
+    assert sizes.tolist() == [64, 64]

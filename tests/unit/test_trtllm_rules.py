@@ -201,7 +201,7 @@ def test_rule_8_what_was_reserved_before_an_error_is_given_back(rig, monkeypatch
 
 
 def test_rule_8_a_save_that_fails_leaves_no_slot_behind(rig, monkeypatch):
-    monkeypatch.setattr(rig.worker._pool, "copy_out", MagicMock(side_effect=RuntimeError("no")))
+    monkeypatch.setattr(rig.worker._transfers.mover, "save", MagicMock(side_effect=RuntimeError("no")))
     rig.prefill(FakeRequest(1, PROMPT), range(5))
     assert rig.leftovers()["filling"] == 0
     assert rig.worker.stats()["save_failed_blocks"] == 5

@@ -305,7 +305,7 @@ def test_a_block_that_one_rank_could_not_save_is_never_promised(monkeypatch, ope
     def fail(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(workers[1]._pool, "copy_out", fail)
+    monkeypatch.setattr(workers[1]._transfers.mover, "save", fail)
     request = FakeRequest(1, PROMPT)
     leader.update_state_after_alloc(request, list(range(6)))
     meta = leader.build_connector_meta(

@@ -1,0 +1,103 @@
+"""Which byte ranges make up blocks: addresses in a pool of pages, and in the slots of host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_PAGE = -1
+"""What stands for a page that a block does not have."""
+
+
+class Region(NamedTuple):
+    """Bytes that repeat once per page: `size` bytes at `base + stride * page`.
+
+    Attributes:
+        group: Index of the page among a block's pages.
+        base: Address of page 0.
+        stride: Bytes from one page to the next.
+        size: Bytes of one page.
+        pages: How many there are.
+    """
+
+    group: int
+    base: int
+    stride: int
+    size: int
+    pages: int
+
+
+class Ranges(NamedTuple):
+    """Byte ranges to copy, uint64 `[count]` each.
+
+    Attributes:
+        pool: Where they begin in the pool.
+        host: Where they begin in host memory.
+        sizes: Their lengths in bytes.
+    """
+
+    pool: NDArray[np.uint64]
+    host: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
+
+
+class PageMap:
+    """How blocks lie in a pool: a block is the concatenation of its pages' regions, in the order given.
+
+    Attributes:
+        block_bytes: Bytes of a block, all its regions.
+        sparse: Whether a block may lack the page of a group.
+    """
+
+    def __init__(self, regions: Sequence[Region], groups: int, *, sparse: bool = False) -> None:
+        """Take the regions of pages of `groups` groups."""
+        self.sparse = sparse
+        regions = [region for region in regions if region.size]
+        self._groups = groups
+        self._group = np.array([region.group for region in regions])
+        self._pages = np.array([region.pages for region in regions], dtype=np.int64)
+        self._base = np.array([region.base for region in regions], dtype=np.uint64)
+        self._stride = np.array([region.stride for region in regions], dtype=np.uint64)
+        self._size = np.array([region.size for region in regions], dtype=np.uint64)
+        self._start = (np.cumsum(self._size) - self._size).astype(np.uint64)
+        self.block_bytes = int(self._size.sum())
+
+    def ranges(
+        self, slots: NDArray[np.uint64], pages: Sequence[Sequence[int]], *, whole: bool = True
+    ) -> Ranges:
+        """Return the ranges of blocks, those that follow on each other joined.
+
+        Args:
+            slots: Address of each block in host memory, `[blocks]`.
+            pages: Each block's page in every group.
+            whole: Refuse blocks that lack a page, also where they may; else what has no page is left out.
+
+        Raises:
+            IndexError: A page that the pool does not have.
+            ValueError: Not one page for every group.
+        """
+        ids = np.array(pages, dtype=np.int64).reshape(len(slots), self._groups)[:, self._group]
+        # A negative page would be a valid offset: another request's bytes under this one's hash.
+        wrong = (ids < 0) | (ids >= self._pages)
+        kept = np.ones_like(wrong) if whole or not self.sparse else ids != NO_PAGE
+        if (wrong & kept).any():
+            block, region = np.argwhere(wrong & kept)[0]
+            raise IndexError(f"page {ids[block, region]} is wanted, its pool has {self._pages[region]}")
+        pool = self._base + ids.astype(np.uint64) * self._stride
+        host = slots[:, None] + self._start
+        sizes = np.broadcast_to(self._size, ids.shape)
+        found = Ranges(pool[kept], host[kept], sizes[kept])
+        # Regions may lie in allocations of their own, which one copy must not span.
+        return _joined(found) if len(self._size) == 1 else found
+
+
+def _joined(ranges: Ranges) -> Ranges:
+    pool, host, sizes = ranges
+    if len(sizes) < 2:
+        return ranges
+    follows = (pool[1:] == pool[:-1] + sizes[:-1]) & (host[1:] == host[:-1] + sizes[:-1])
+    starts = np.flatnonzero(np.concatenate(([True], ~follows)))
+    return Ranges(pool[starts], host[starts], np.add.reduceat(sizes, starts))
