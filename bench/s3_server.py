@@ -47,7 +47,8 @@ class Store:
         with self.lock:
             found = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
         items = "".join(
-            f"<Contents><Key>{escape(key)}</Key><Size>{self.objects[key].size}</Size></Contents>"
+            f"<Contents><Key>{escape(key)}</Key><Size>{self.objects[key].size}</Size>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
             for key in found
         )
         return f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>".encode()

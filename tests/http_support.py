@@ -11,6 +11,7 @@ import pytest
 
 from kvtier._counters import Counters
 from kvtier.config import S3Config
+from kvtier.tiers.s3.bucket import Bucket
 from kvtier.tiers.s3.http_bucket import HttpBucket
 
 DATA = bytes(range(256)) * 400
@@ -131,7 +132,7 @@ def chunked(data: bytes, step: int, tail: bytes = b"\r\n") -> bytes:
     return b"".join(b"%x;x=y\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + tail
 
 
-def read(bucket: HttpBucket, start: int = 100, length: int = 50_000) -> bytes:
+def read(bucket: Bucket, start: int = 100, length: int = 50_000) -> bytes:
     into = bytearray(length)
     bucket.get_range("some key/!x", start, memoryview(into))
     return bytes(into)

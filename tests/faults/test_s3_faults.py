@@ -133,6 +133,28 @@ def test_a_body_that_breaks_off_once_is_resumed(
     tier.close()
 
 
+@pytest.mark.parametrize("spoil", [s3_proxy.stalled, s3_proxy.trickling])
+def test_a_body_that_stalls_or_trickles_is_resumed_elsewhere(
+    stocked: tuple[S3Place, list[StoredBlock]], proxy: FaultyProxy, spoil: Spoil
+) -> None:
+    place, blocks = stocked
+    tier = open_tier(place, endpoint=proxy.endpoint, read_timeout=60)
+    for _ in range(20):
+        assert read_all(tier, hashes_of(blocks)) == payloads_of(blocks)
+    spoilt: list[str] = []
+
+    def choose(method: str, path: str, headers: dict[str, str]) -> Spoil | None:
+        if ".kvp" not in path or path in spoilt:
+            return None
+        spoilt.append(path)
+        return spoil
+
+    proxy.choose = choose
+    assert read_all(tier, hashes_of(blocks)) == payloads_of(blocks)
+    assert tier.stats()["stalled_bodies"] == len(spoilt) == 2
+    tier.close()
+
+
 def test_a_trickling_body_is_a_time_out(
     stocked: tuple[S3Place, list[StoredBlock]], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

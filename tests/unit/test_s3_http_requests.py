@@ -8,21 +8,25 @@ import ssl
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvtier._counters import Counters
+from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, KvTierError, TierFull, TierUnavailable
-from kvtier.tiers.s3.bucket import BadReply, BucketThrottled, BucketTimeout
+from kvtier.tiers.s3.bucket import BadReply, BucketThrottled, BucketTimeout, ObjectMissing
 from kvtier.tiers.s3.hedge import Hedges
 from kvtier.tiers.s3.http_connection import Origin
 from kvtier.tiers.s3.http_exchange import Address, address_of, encode_key, redirected
 from kvtier.tiers.s3.http_wire import ReplyHead
-from kvtier.tiers.s3.replies import error_of, read_error, retry_after
+from kvtier.tiers.s3.open_bucket import open_bucket
+from kvtier.tiers.s3.replies import clock_advice, error_of, read_error, retry_after
 from tests.http_support import (
     DATA,
     Serve,
+    asked_range,
     bucket_at,
     read,
     reply,
@@ -67,6 +71,20 @@ def test_a_wrong_region_is_corrected(serve: Serve, status: int) -> None:
     for _ in range(2):
         assert read(bucket) == DATA[100:50_100]
     assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [301, 400])
+def test_listings_find_the_right_region_too(serve: Serve, status: int) -> None:
+    listing = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+    moved = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-3</Region></Error>"
+
+    def answer(head: str) -> bytes:
+        if "/eu-west-3/s3/aws4_request" in head:
+            return reply(200, listing)
+        return reply(status, moved, x_amz_bucket_region="eu-west-3")
+
+    server = serve(answer)
+    assert list(bucket_at(server.endpoint, region="us-east-1").list("some/")) == []
 
 
 def test_redirects_in_a_circle_end(serve: Serve) -> None:
@@ -172,6 +190,58 @@ def test_slow_first_bytes_are_asked_for_a_second_time(serve: Serve) -> None:
     hang.set()
 
 
+def stalling(parts: int) -> tuple[Callable[[str], bytes], list[tuple[int, int]]]:
+    """Answer warm-up requests whole, then send half of what is asked for and hang, `parts` times."""
+    asked: list[tuple[int, int]] = []
+
+    def answer(head: str) -> bytes:
+        start, end = asked_range(head)
+        asked.append((start, end))
+        whole = serving(head)
+        if len(asked) <= 100 or len(asked) > 100 + parts:
+            return whole
+        return whole[: len(whole) - (end + 1 - start) // 2]
+
+    return answer, asked
+
+
+@pytest.mark.parametrize("stalls", [1, 3])
+def test_a_body_that_stalls_is_resumed_on_another_connection(serve: Serve, stalls: int) -> None:
+    counters = Counters()
+    answer, asked = stalling(stalls)
+    server = serve(answer)
+    bucket = bucket_at(server.endpoint, counters, read_timeout=60)
+    for _ in range(101):
+        assert read(bucket) == DATA[100:50_100]
+    first, *resumed = asked[100:]
+    assert first == (100, 50_099)
+    assert len(resumed) == stalls
+    ends = {end for _, end in resumed}
+    starts = [start for start, _ in resumed]
+    assert ends == {50_099}
+    assert starts == sorted(set(starts))
+    assert starts[0] == 25_100
+    counts = counters.snapshot()
+    assert counts["stalled_bodies"] == stalls
+    assert counts["get_bytes"] == 101 * 50_000
+    assert "retries" not in counts or counts["retries"] == 0
+
+
+def test_bodies_that_all_stall_are_resumed_for_a_few_and_time_out(serve: Serve) -> None:
+    """A bucket that is slow for all must not get more to do."""
+    counters = Counters()
+    answer, asked = stalling(10_000)
+    server = serve(answer)
+    bucket = bucket_at(server.endpoint, counters, read_timeout=0.6)
+    for _ in range(100):
+        read(bucket)
+    for _ in range(3):
+        with pytest.raises(BucketTimeout):
+            read(bucket)
+    assert counters.snapshot()["stalled_bodies"] <= 4
+    assert len(asked) <= 100 + 3 + 4
+
+
 def test_hedges_are_few_however_slow_the_bucket_is() -> None:
     hedges = Hedges()
     assert hedges.delay() is None
@@ -216,7 +286,8 @@ def test_tls_with_a_ca_of_ones_own(serve: Serve, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("status", "code", "kind", "advice"),
     [
-        (403, "RequestTimeTooSkewed", AccessDenied, "clock"),
+        (403, "RequestTimeTooSkewed", AccessDenied, "s ahead of the server's; set it"),
+        (403, "InvalidObjectState", ObjectMissing, "archived"),
         (404, "NoSuchBucket", AccessDenied, "create the bucket"),
         (403, "SignatureDoesNotMatch", AccessDenied, "secret key"),
         (400, "AuthorizationHeaderMalformed", AccessDenied, "region"),
@@ -230,7 +301,8 @@ def test_tls_with_a_ca_of_ones_own(serve: Serve, tmp_path: Path, monkeypatch: py
     ],
 )
 def test_errors_say_what_to_do(status: int, code: str, kind: type[KvTierError], advice: str) -> None:
-    error = error_of("PUT key", status, code, "the server's words", "7")
+    date = "Wed, 21 Oct 2015 07:28:00 GMT"
+    error = error_of("PUT key", status, code, "the server's words", "7", date)
     assert isinstance(error, kind)
     assert advice in str(error)
     assert getattr(error, "retry_after", 7) == 7
@@ -244,6 +316,11 @@ def test_retry_after() -> None:
     assert retry_after("-3") == 0
     assert retry_after("999999") == 300
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_clocks_that_differ() -> None:
+    assert clock_advice(None) == clock_advice("nonsense") == "set this machine's clock (NTP)"
+    assert "behind" in clock_advice("Wed, 21 Oct 2215 07:28:00 GMT")
 
 
 def test_error_documents() -> None:
@@ -266,3 +343,40 @@ def test_expired_credentials_are_looked_up_anew(serve: Serve, monkeypatch: pytes
     for _ in range(3):
         assert read(bucket) == DATA[100:50_100]
     assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("transport", ["http", "boto3"])
+def test_a_credential_process_is_asked_again_when_the_server_calls_its_keys_expired(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """Both ways to the bucket: GETs, and the listings that boto3 makes."""
+    process = tmp_path / "keys"
+    process.write_text(
+        f"#!/bin/sh\necho asked >> {tmp_path}/log\nn=$(wc -l < {tmp_path}/log)\n"
+        'echo "{\\"Version\\": 1, \\"AccessKeyId\\": \\"key$n\\", \\"SecretAccessKey\\": \\"s\\"}"\n'
+    )
+    process.chmod(0o755)
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = {process}\nregion = us-east-1\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    expired: set[str] = set()
+    listing = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+
+    def answer(head: str) -> bytes:
+        key = head.partition("Credential=")[2].partition("/")[0]
+        if key in expired:
+            return reply(400, b"<Error><Code>ExpiredToken</Code></Error>")
+        return reply(200, listing) if "list-type" in head else serving(head)
+
+    server = serve(answer)
+    bucket = open_bucket(S3Config(bucket="bucket", endpoint=server.endpoint, transport=transport), Counters())
+    for _ in range(2):
+        assert read(bucket) == DATA[100:50_100]
+        assert list(bucket.list("some/")) == []
+        expired |= {f"key{number}" for number in range(1, 9)}
+        # Nine so far at most: the process gives a new key each time that it is asked.
+        (tmp_path / "log").write_text("asked\n" * 8)
+    assert read(bucket) == DATA[100:50_100]
+    bucket.close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import email.utils
 import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import botocore.exceptions as boto_errors
 import urllib3.exceptions
@@ -25,6 +27,7 @@ from kvtier.tiers.s3.bucket import (
     BadReply,
     BucketTimeout,
     ConnectionLost,
+    ExpiredCredentials,
     ListedObject,
     ObjectMissing,
     Parts,
@@ -36,7 +39,9 @@ from kvtier.tiers.s3.signing import open_session
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, ListObjectsV2OutputTypeDef
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 128 << 10
 """A body is read in pieces of this size, with a look at its deadline after each; smaller ones cost CPU."""
@@ -65,6 +70,7 @@ class BotoBucket:
         self._client: S3Client | None = None
         self._retries = Retries()
         self.put_condition = ConditionalPut(self._put)
+        self._time_told = (time.time(), time.monotonic())
 
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
         """See `Bucket.get_range`."""
@@ -102,16 +108,17 @@ class BotoBucket:
         more: dict[str, str] = {"StartAfter": start_after} if start_after else {}
         while True:
             self._counters.add("list_requests")
-            with translated(f"LIST {prefix}"):
-                reply = self._connect().list_objects_v2(Bucket=self._config.bucket, Prefix=prefix, **more)  # type: ignore[arg-type]
+            page: Any = {"Bucket": self._config.bucket, "Prefix": prefix, **more}
+            reply = self._ask(f"LIST {prefix}", partial(_list_page, page))
             if "IsTruncated" not in reply:
                 raise BadReply(f"LIST {prefix}: not a listing")
+            self._note_time(reply["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
             page_start = last
             for item in reply.get("Contents", []):
                 # Servers differ in how they treat StartAfter; order and prefix are what we rely on.
                 if item["Key"] > last and item["Key"].startswith(prefix):
                     last = item["Key"]
-                    yield ListedObject(last, item["Size"])
+                    yield ListedObject(last, item["Size"], item["LastModified"].timestamp())
             if not reply["IsTruncated"]:
                 return
             if last == page_start or "NextContinuationToken" not in reply:
@@ -122,10 +129,16 @@ class BotoBucket:
         """See `Bucket.delete`."""
         self._counters.add("delete_requests")
         try:
-            with translated(f"DELETE {key}"):
-                self._connect().delete_object(Bucket=self._config.bucket, Key=key)
+            self._ask(
+                f"DELETE {key}", lambda client: client.delete_object(Bucket=self._config.bucket, Key=key)
+            )
         except ObjectMissing:
             return
+
+    def server_time(self) -> float:
+        """See `Bucket.server_time`."""
+        told, at = self._time_told
+        return told + time.monotonic() - at
 
     def place(self) -> tuple[str, str]:
         """Return the endpoint's URL and the region that botocore has found for this configuration.
@@ -142,12 +155,30 @@ class BotoBucket:
             if self._client is not None:
                 self._client.close()
 
+    def _note_time(self, date: str) -> None:
+        with contextlib.suppress(ValueError):
+            self._time_told = (email.utils.parsedate_to_datetime(date).timestamp(), time.monotonic())
+
     def _connect(self) -> S3Client:
         # Making a client reads data files for some hundred milliseconds; the lock keeps it to one.
         with self._lock:
             if self._client is None:
                 self._client = make_client(self._config)
             return self._client
+
+    def _ask(self, what: str, request: Callable[[S3Client], T]) -> T:
+        """Make a request; where its credentials have expired, once more with those that are found now."""
+        client = self._connect()
+        try:
+            with translated(what):
+                return request(client)
+        except ExpiredCredentials:
+            with self._lock:
+                # The old one is not closed: other threads may be using it.
+                if self._client is client:
+                    self._client = None
+        with translated(what):
+            return request(self._connect())
 
     def _get_left(self, key: str, offset: int, into: Parts, deadline: float) -> None:
         """Make one GET for what is left."""
@@ -161,8 +192,10 @@ class BotoBucket:
     def _get(self, key: str, byte_range: str) -> Iterator[tuple[GetObjectOutputTypeDef, int]]:
         """Make a ranged GET, give the reply and the object's size, and close the body afterwards."""
         self._counters.add("get_requests")
-        with translated(f"GET {key}"):
-            reply = self._connect().get_object(Bucket=self._config.bucket, Key=key, Range=byte_range)
+        reply = self._ask(
+            f"GET {key}",
+            lambda client: client.get_object(Bucket=self._config.bucket, Key=key, Range=byte_range),
+        )
         try:
             if reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 raise BadReply(f"{key}: the server ignored the range {byte_range}")
@@ -186,10 +219,11 @@ class BotoBucket:
             into.advance(count)
 
     def _put(self, key: str, body: bytes, conditional: bool) -> None:
-        condition = {"IfNoneMatch": "*"} if conditional else {}
+        request: Any = {"Bucket": self._config.bucket, "Key": key, "Body": body}
+        if conditional:
+            request["IfNoneMatch"] = "*"
         self._counters.add("put_requests")
-        with translated(f"PUT {key}"):
-            reply = self._connect().put_object(Bucket=self._config.bucket, Key=key, Body=body, **condition)  # type: ignore[arg-type]
+        reply = self._ask(f"PUT {key}", lambda client: client.put_object(**request))
         if "ETag" not in reply:
             raise BadReply(f"PUT {key}: not the reply of an S3 server")
         self._counters.add("put_bytes", len(body))
@@ -200,6 +234,10 @@ def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
     if match is None:
         raise BadReply(f"no usable Content-Range: {reply.get('ContentRange')}")
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def _list_page(page: Any, client: S3Client) -> ListObjectsV2OutputTypeDef:
+    return client.list_objects_v2(**page)
 
 
 def make_client(config: S3Config) -> S3Client:
@@ -278,4 +316,5 @@ def _translate_reply(what: str, error: boto_errors.ClientError) -> KvTierError:
         detail.get("Code", ""),
         detail.get("Message", ""),
         reply.get("HTTPHeaders", {}).get("retry-after"),
+        reply.get("HTTPHeaders", {}).get("date"),
     )

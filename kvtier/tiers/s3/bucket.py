@@ -99,10 +99,17 @@ def cause_of(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ListedObject:
-    """One line of a listing: an object's key and its size in bytes."""
+    """One line of a listing.
+
+    Attributes:
+        key: The object's key.
+        size: Its bytes.
+        modified: When it was written, in seconds since 1970 by the server's clock.
+    """
 
     key: str
     size: int
+    modified: float = 0.0
 
 
 class Bucket(Protocol):
@@ -160,6 +167,13 @@ class Bucket(Protocol):
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is gone already is fine."""
+        ...
+
+    def server_time(self) -> float:
+        """Return the time in seconds since 1970 by the server's clock, or this machine's before any listing.
+
+        No request is made: the latest listing said it, and the time since then is counted here.
+        """
         ...
 
     def close(self) -> None:

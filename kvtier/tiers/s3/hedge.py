@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 
+from kvtier.tiers.s3.bucket import SLOWEST_BYTES_PER_SECOND
+
 _SAMPLES = 256
 _FEWEST_SAMPLES = 32
 _QUANTILE = 0.95
@@ -13,6 +15,8 @@ _SHORTEST_DELAY = 0.02
 """Below this, a second request costs more than the wait for the first."""
 _SHARE = 0.05
 _SAVED_UP = 4.0
+_PATIENCE = 0.5
+"""A healthy body does not rest for so long; a lost packet is sent again sooner."""
 
 
 class Hedges:
@@ -33,6 +37,10 @@ class Hedges:
         """Return the seconds after which a request counts as slow; None while too little is known."""
         return self._delay
 
+    def patience(self) -> float:
+        """Return the seconds of waiting after which a body is judged; longer where first bytes are slow."""
+        return max(_PATIENCE, self._delay or 0.0)
+
     def report(self, seconds: float) -> None:
         """Report how long the first byte of a reply took."""
         with self._lock:
@@ -50,3 +58,33 @@ class Hedges:
                 return False
             self._allowance -= 1.0
             return True
+
+
+class Pace:
+    """Watches one body: has it come more slowly than a request may be, for as long as patience lasts?
+
+    Only time spent waiting for bytes counts, not what is done with them in between. Not thread-safe.
+    """
+
+    def __init__(self, patience: float):
+        """Begin to watch; `patience` in seconds."""
+        self._patience = patience
+        self._waited = 0.0
+        self._bytes = 0
+        self.silent = 0.0
+        """Seconds since the last byte came."""
+
+    def left(self) -> float:
+        """Return the seconds that the next wait may take until there is something to decide."""
+        return self._patience - self._waited
+
+    def is_slow(self, seconds: float, count: int) -> bool:
+        """Report a wait that brought `count` bytes; say whether the body deserves no more patience."""
+        self.silent = 0.0 if count else self.silent + seconds
+        self._waited += seconds
+        self._bytes += count
+        if self._waited < self._patience:
+            return False
+        slow = self._bytes < self._patience * SLOWEST_BYTES_PER_SECOND
+        self._waited, self._bytes = 0.0, 0
+        return slow

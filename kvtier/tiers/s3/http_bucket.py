@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 
 from kvtier._counters import Counters
@@ -12,12 +13,14 @@ from kvtier.tiers.s3.boto_bucket import BotoBucket
 from kvtier.tiers.s3.bucket import (
     SLOWEST_BYTES_PER_SECOND,
     BadReply,
+    BucketTimeout,
     ExpiredCredentials,
     ListedObject,
     Parts,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
-from kvtier.tiers.s3.http_connection import Body, Deadline
+from kvtier.tiers.s3.hedge import Pace
+from kvtier.tiers.s3.http_connection import Body, Deadline, Stalled
 from kvtier.tiers.s3.http_exchange import Address, Exchange, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
 from kvtier.tiers.s3.replies import error_of, read_error
@@ -80,6 +83,10 @@ class HttpBucket:
         """See `Bucket.delete`."""
         self._control.delete(key)
 
+    def server_time(self) -> float:
+        """See `Bucket.server_time`."""
+        return self._control.server_time()
+
     def close(self) -> None:
         """See `Bucket.close`."""
         self._exchange.close()
@@ -94,30 +101,54 @@ class HttpBucket:
         return Deadline(self._config.connect_timeout + idle + length / SLOWEST_BYTES_PER_SECOND, idle)
 
     def _get(self, key: str, offset: int, into: Parts, deadline: Deadline) -> None:
-        """Make one GET for what is left."""
-        self._counters.add("get_requests")
+        """Make one GET for what is left, and another one for the rest of a body that stalls."""
+        start = offset - into.done
         end = offset + into.left - 1
-        headers = {"Range": f"bytes={offset}-{end}"}
-        with self._request("GET", key, headers, b"", deadline) as (head, body):
-            got = _content_range(key, head)
-            if got[:2] != (offset, end):
-                raise BadReply(f"GET {key}: asked for bytes {offset}-{end}, got {got[0]}-{got[1]}")
-            self._receive(key, head, body, into)
+        while into.left:
+            self._counters.add("get_requests")
+            offset = start + into.done
+            headers = {"Range": f"bytes={offset}-{end}"}
+            with self._request("GET", key, headers, b"", deadline) as (head, body):
+                got = _content_range(key, head)
+                if got[:2] != (offset, end):
+                    raise BadReply(f"GET {key}: asked for bytes {offset}-{end}, got {got[0]}-{got[1]}")
+                self._receive(key, head, body, into, resumable=True)
 
-    def _receive(self, key: str, head: ReplyHead, body: Body, into: Parts) -> None:
+    def _receive(
+        self, key: str, head: ReplyHead, body: Body, into: Parts, *, resumable: bool = False
+    ) -> None:
+        """Receive a body; a `resumable` one only in part where it stalls and another request is granted."""
         due, before = into.left, into.done
         if head.length not in (None, due):
             raise BadReply(f"GET {key}: {head.length} bytes announced where {due} were due")
+        hedges = self._exchange.hedges
+        pace = Pace(hedges.patience())
         try:
             while into.left:
-                count = body.readinto(into.room())
-                if count == 0:
-                    raise BadReply(f"GET {key}: {due - into.left} bytes where {due} were due")
-                into.advance(count)
+                slow = self._receive_some(key, body, into, pace)
+                if slow and resumable and into.left and hedges.take():
+                    self._counters.add("stalled_bodies")
+                    return
         finally:
             self._counters.add("get_bytes", into.done - before)
         if not body.ended and body.readinto(memoryview(bytearray(1))):
             raise BadReply(f"GET {key}: more than the {due} bytes that were due")
+
+    def _receive_some(self, key: str, body: Body, into: Parts, pace: Pace) -> bool:
+        """Receive what comes next, if it comes soon; say whether the body is slow."""
+        room, start = into.room(), time.monotonic()
+        try:
+            count = body.readinto(room, pace.left())
+        except Stalled:
+            count = None
+        slow = pace.is_slow(time.monotonic() - start, count or 0)
+        if count == 0:
+            raise BadReply(f"GET {key}: {into.left} bytes less than were due")
+        if pace.silent >= self._config.read_timeout:
+            raise BucketTimeout(f"GET {key}: {into.left} bytes did not come in time")
+        if count:
+            into.advance(count)
+        return slow
 
     def _put(self, key: str, body: bytes, conditional: bool) -> None:
         self._counters.add("put_requests")
@@ -149,6 +180,7 @@ class HttpBucket:
                     head.status,
                     *read_error(reply.read(_MAX_ERROR_BYTES)),
                     head.headers.get("retry-after"),
+                    head.headers.get("date"),
                 )
                 stack.close()
                 if last_try or not isinstance(error, ExpiredCredentials):

@@ -21,6 +21,10 @@ _MAX_INTERIM_REPLIES = 8
 _MAX_TRAILERS = 32
 
 
+class Stalled(TierUnavailable):
+    """Nothing has come for as long as the caller wanted to wait; more may come later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where requests go.
@@ -153,21 +157,34 @@ class Connection:
         """Receive a line, without the line break that ends it; raises as `read_head` does."""
         return self._read_until(b"\r\n", _MAX_LINE_BYTES, deadline)
 
-    def receive(self, into: memoryview, deadline: Deadline) -> int:
+    def receive(self, into: memoryview, deadline: Deadline, patience: float | None = None) -> int:
         """Receive what is there, up to `len(into)` bytes, at least one.
+
+        Args:
+            into: Room for the bytes.
+            deadline: Of the whole request.
+            patience: Seconds after which the caller would like to think about it; None for the deadline's.
 
         Raises:
             ConnectionLost: The connection has ended.
             BucketTimeout: Nothing comes in time.
+            Stalled: Nothing has come for `patience` seconds, which are shorter.
         """
         count = min(self._end - self._start, len(into))
         if count:
             into[:count] = self._view[self._start : self._start + count]
             self._start += count
             return count
-        with _translated():
-            self._socket.settimeout(deadline.wait())
-            count = self._socket.recv_into(into)
+        wait = deadline.wait()
+        hurried = patience is not None and patience < wait
+        try:
+            with _translated():
+                self._socket.settimeout(patience if hurried else wait)
+                count = self._socket.recv_into(into)
+        except BucketTimeout as error:
+            if hurried:
+                raise Stalled("nothing has come for a while") from error
+            raise
         if count == 0:
             raise ConnectionLost("the server closed the connection")
         return count
@@ -207,13 +224,18 @@ class Body:
         self.ended = head.length == 0
         """Whether the body has been received to its end."""
 
-    def readinto(self, into: memoryview) -> int:
+    def readinto(self, into: memoryview, patience: float | None = None) -> int:
         """Receive up to `len(into)` bytes, at least one; 0 at the end of the body.
+
+        Args:
+            into: Room for the bytes.
+            patience: See `Connection.receive`.
 
         Raises:
             ConnectionLost: The connection ended before the body did.
             BadReply: Chunks that are none.
             BucketTimeout: Nothing comes in time.
+            Stalled: Nothing has come for `patience` seconds.
         """
         if self._chunked and self._left == 0 and not self.ended:
             self._next_chunk()
@@ -221,11 +243,11 @@ class Body:
             return 0
         if self._until_close:
             try:
-                return self._connection.receive(into, self._deadline)
+                return self._connection.receive(into, self._deadline, patience)
             except ConnectionLost:
                 self.ended = True
                 return 0
-        count = self._connection.receive(into[: self._left], self._deadline)
+        count = self._connection.receive(into[: self._left], self._deadline, patience)
         self._left -= count
         self.ended = self._left == 0 and not self._chunked
         return count

@@ -90,7 +90,11 @@ def redirected(address: Address, head: ReplyHead, key: str) -> Address | None:
 
 
 class Exchange:
-    """Makes requests for objects of one bucket. Thread-safe; a thread has one request under way."""
+    """Makes requests for objects of one bucket. Thread-safe; a thread has one request under way.
+
+    Attributes:
+        hedges: What is known about how long requests take, and how many may be made twice.
+    """
 
     def __init__(self, config: S3Config, counters: Counters, locate: Callable[[], Address]):
         """Prepare; nothing is connected or looked up yet.
@@ -105,7 +109,7 @@ class Exchange:
         self._signer = Signer(config)
         # Reads, uploads, index: none of them waits for a connection.
         self._pool = ConnectionPool(config.concurrency + 32, config.connect_timeout)
-        self._hedges = Hedges()
+        self.hedges = Hedges()
         self._lock = threading.Lock()
         self._address: Address | None = None
 
@@ -218,11 +222,11 @@ class Exchange:
 
     def _hedged(self, connection: Connection, head: bytes, deadline: Deadline) -> Connection:
         """Wait for the first byte; ask a second time if it is late, and keep what answers first."""
-        delay, start = self._hedges.delay(), time.monotonic()
+        delay, start = self.hedges.delay(), time.monotonic()
         late = not connection.is_readable(deadline.wait() if delay is None else min(delay, deadline.wait()))
-        if late and delay is not None and self._hedges.take():
+        if late and delay is not None and self.hedges.take():
             connection = self._race(connection, head, deadline)
-        self._hedges.report(time.monotonic() - start)
+        self.hedges.report(time.monotonic() - start)
         return connection
 
     def _race(self, first: Connection, head: bytes, deadline: Deadline) -> Connection:

@@ -30,10 +30,11 @@ _DENIED = {
     "AuthorizationHeaderMalformed": "check the region (tiers: s3: region)",
     "PermanentRedirect": "check the region and the endpoint (tiers: s3: region, endpoint)",
     "IllegalLocationConstraintException": "check the region (tiers: s3: region)",
-    "RequestTimeTooSkewed": "set this machine's clock",
     "AccountProblem": "the account is suspended; ask whoever runs it",
     "AllAccessDisabled": "the bucket's owner has closed it; ask whoever runs it",
-    "KMS.DisabledException": "enable the bucket's KMS key",
+    "KMS.DisabledException": "enable the KMS key (tiers: s3: kms_key, or the bucket's)",
+    "KMS.NotFoundException": "check the KMS key (tiers: s3: kms_key, or the bucket's) and its region",
+    "KMS.AccessDeniedException": "allow kms:GenerateDataKey and kms:Decrypt on the KMS key",
 }
 _CODE = re.compile(r"<Code>([A-Za-z0-9_.-]{1,80})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{0,400})</Message>")
@@ -75,7 +76,19 @@ def retry_after(value: str | None) -> float | None:
     return min(max(0.0, seconds), LONGEST_RETRY_AFTER) if seconds == seconds else None
 
 
-def error_of(what: str, status: int, code: str, detail: str, wait: str | None = None) -> KvTierError:
+def clock_advice(date: str | None) -> str:
+    """Say by how much this machine's clock differs from the one that a Date header tells."""
+    try:
+        ahead = time.time() - email.utils.parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return "set this machine's clock (NTP)"
+    relation = "ahead of" if ahead > 0 else "behind"
+    return f"this machine's clock is {abs(ahead):.0f} s {relation} the server's; set it (NTP)"
+
+
+def error_of(
+    what: str, status: int, code: str, detail: str, wait: str | None = None, date: str | None = None
+) -> KvTierError:
     """Turn an error reply into one of ours.
 
     Args:
@@ -84,15 +97,23 @@ def error_of(what: str, status: int, code: str, detail: str, wait: str | None = 
         code: S3's error code, empty if there is none.
         detail: What the server says.
         wait: The Retry-After header.
+        date: The Date header.
     """
     text = f"{what}: {status} {code} {detail}".rstrip()
     put = what.startswith("PUT")
     if code in _EXPIRED:
         return ExpiredCredentials(f"{text}; renew the credentials")
+    if code == "RequestTimeTooSkewed":
+        # Signing by the server's clock would work; but index segments are named by this one.
+        return AccessDenied(f"{text}; {clock_advice(date)}")
     if code in _DENIED:
         return AccessDenied(f"{text}; {_DENIED[code]}")
     if code in _FULL or status == 507:
         return TierFull(f"{text}; raise the bucket's quota, or free room with `kvtier gc`")
+    if code == "InvalidObjectState":
+        return ObjectMissing(
+            f"{text}; it has been archived: exempt kvtier's prefix from the rule that does it"
+        )
     if code == "NoSuchKey" or status == 416:
         return ObjectMissing(text)
     if status in (409, 412) and put:
