@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import threading
 import time
@@ -18,17 +19,18 @@ from kvtier.agent.launch import launch
 from kvtier.agent.link import Link, State
 from kvtier.agent.mapping import Mappings, Prepare
 from kvtier.agent.place import agent_directory
+from kvtier.agent.reservations import Reservations
 from kvtier.config import Config
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
-from kvtier.store.base import Match
+from kvtier.store.base import Match, Reservation, Run
 from kvtier.store.tiered import LEASE_SECONDS
 
 CONNECT_SECONDS = 30.0
 """How long `connect` waits for the agent; the client works as soon as there is one, also later."""
 
-RENEWED_SECONDS = 30.0
-"""What a lease has left at least when `renew` says that it holds."""
+CERTAIN_SECONDS = 30.0
+"""What is left at least of a lease that is used although the agent did not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,9 @@ class AgentClient:
         self._lookup_wait = lookup_wait
         self._deadlines = deadlines
         self._clock = clock
-        # Until when a lease holds for certain, by this clock; the oldest first.
+        self._reservations = Reservations(link, counters, lambda: self._deadlines.call, clock)
+        link.tend = self._tend
+        # Until when a lease that is not held is certain, by this clock; the oldest first.
         self._certain: dict[int, float] = {}
         self._certain_lock = threading.Lock()
 
@@ -108,20 +112,19 @@ class AgentClient:
         self._note(lease, asked + LEASE_SECONDS)
         return Match(lease, tuple((places | epoch << 32).tolist()), reply.sources)
 
-    def renew(self, lease: int) -> bool:
-        """Extend a lease; see `StoreClient.renew`.
+    def hold(self, lease: int) -> float:
+        """Take a lease into use; see `StoreClient.hold`.
 
-        Where the agent does not answer, a lease of this client that has `RENEWED_SECONDS` left for certain
-        counts as renewed: nothing that it covers changes before.
+        Where the agent does not answer, a lease of this client may be used that has `CERTAIN_SECONDS` left:
+        until it is over, and no longer.
         """
         asked = self._clock()
-        request = wire.Renew(0, 0, lease & _LOW)
-        answer = self._link.call(request, self._deadlines.call, epoch=lease >> 32)
+        answer = self._link.call(wire.Hold(0, 0, lease & _LOW), self._deadlines.call, epoch=lease >> 32)
         if answer is None:
-            return self._certain.get(lease, 0.0) >= asked + RENEWED_SECONDS
-        held = isinstance(answer[1], wire.Done) and answer[1].ok
-        self._note(lease, asked + LEASE_SECONDS if held else None)
-        return held
+            certain = self._certain.get(lease, 0.0)
+            return certain if certain >= asked + CERTAIN_SECONDS else 0.0
+        self._note(lease, None)
+        return math.inf if isinstance(answer[1], wire.Done) and answer[1].ok else 0.0
 
     def release(self, lease: int, shard: int | None = None) -> None:
         """Give a lease up; see `StoreClient.release`."""
@@ -130,31 +133,22 @@ class AgentClient:
 
     def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
         """Reserve slots for new blocks; see `StoreClient.reserve`."""
-        none: list[int | None] = [None] * len(hashes)
-        if not hashes:
-            return none
-        request = wire.Reserve(0, 0, parent, position, b"".join(hashes[: wire.MAX_BLOCKS]))
-        answer = self._link.call(request, self._deadlines.call)
-        if answer is None:
-            self._counters.add("client_missed_reservations")
-            return none
-        epoch, reply = answer
-        if not isinstance(reply, wire.Reserved):
-            return none
-        for index, number in enumerate(wire.unpack_numbers(reply.tickets, "Q")):
-            if number != wire.NO_TICKET:
-                none[index] = epoch << 63 | number
-        return none
+        (reservation,) = self.reserve_soon([Run(parent, position, hashes)])
+        return reservation.take(wait=True) or [None] * len(hashes)
+
+    def reserve_soon(self, runs: Sequence[Run]) -> list[Reservation]:
+        """Ask for slots; see `StoreClient.reserve_soon`."""
+        return self._reservations.ask(runs)
 
     def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
         """Say that one shard's bytes are in place; see `StoreClient.commit`."""
         for epoch, numbers in _by_epoch(tickets):
             self._link.post(wire.Commit(0, 0, numbers, shard), epoch)
 
-    def abort(self, tickets: Sequence[int]) -> None:
+    def abort(self, tickets: Sequence[int], shard: int | None = None) -> None:
         """Give reservations up; see `StoreClient.abort`."""
         for epoch, numbers in _by_epoch(tickets):
-            self._link.post(wire.Abort(0, 0, numbers), epoch)
+            self._link.post(wire.Abort(0, 0, numbers, -1 if shard is None else shard), epoch)
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:
         """Return one shard's bytes of a slot; see `StoreClient.slot_view`.
@@ -165,18 +159,25 @@ class AgentClient:
         size = self.layout.shard_bytes
         return self._mappings.view(slot, shard * size, size)
 
-    def leave(self, key: int, data: bytes, readers: int) -> bool:
-        """Leave a note for `readers` other clients of the same engine.
+    def leave(self, key: int, data: bytes, readers: Sequence[int], tickets: Sequence[int]) -> bool:
+        """Leave a note about reservations for other ranks of the same engine.
 
         Args:
             key: Its number, 0 to 2**63 - 1.
             data: What it says, up to 64 KiB.
-            readers: How many of them will fetch it.
+            readers: The ranks that will fetch it.
+            tickets: The reservations, of one epoch. A rank that does not get the note in time gives its part
+                in them up.
 
         Returns:
             Whether the agent has it. If not, it may still arrive.
         """
-        answer = self._link.call(wire.Leave(0, 0, key, data, readers), self._deadlines.call)
+        packed = _by_epoch(tickets)
+        if len(packed) != 1:
+            return False
+        ((epoch, numbers),) = packed
+        request = wire.Leave(0, 0, key, data, list(readers), numbers)
+        answer = self._link.call(request, self._deadlines.call, epoch=epoch)
         return answer is not None and isinstance(answer[1], wire.Done) and answer[1].ok
 
     def fetch(self, key: int) -> bytes:
@@ -201,6 +202,10 @@ class AgentClient:
         self._link.call(wire.Flush(0, 0, timeout), timeout + self._deadlines.call)
         self._link.close(max(1.0, deadline - time.monotonic()))
         self._mappings.close()
+
+    def _tend(self) -> None:
+        self._mappings.drop_old()
+        self._reservations.expire()
 
     def _note(self, lease: int, until: float | None) -> None:
         """Note until when a lease holds for certain, and forget those whose time has come."""

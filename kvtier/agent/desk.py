@@ -9,7 +9,7 @@ from kvtier._counters import Counters
 from kvtier.agent import wire
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.hashing import HASH_BYTES
-from kvtier.store import Match
+from kvtier.store import Match, TieredStore
 from kvtier.store.tiered import Lookup
 
 Answer = bytes | None | Callable[[], bytes]
@@ -34,7 +34,7 @@ class Desk:
             wire.Ready: self._ready,
             wire.Ping: self._ping,
             wire.MatchBlocks: self._match,
-            wire.Renew: self._renew,
+            wire.Hold: self._hold,
             wire.Release: self._release,
             wire.Reserve: self._reserve,
             wire.Commit: self._commit,
@@ -106,34 +106,42 @@ class Desk:
             match = Match()
         return wire.Matched(number, match.lease, wire.pack_numbers(match.slots, "I"), dict(match.sources))
 
-    def _renew(self, session: Session, request: wire.Renew) -> wire.Done:
-        return wire.Done(request.id, session.opened.store.renew(request.lease))
+    def _hold(self, session: Session, request: wire.Hold) -> wire.Done:
+        return wire.Done(request.id, session.opened.store.hold(request.lease) > 0.0)
 
     def _release(self, session: Session, request: wire.Release) -> None:
         shard = None if request.shard < 0 else request.shard
         session.opened.store.release(request.lease, shard)
 
     def _reserve(self, session: Session, request: wire.Reserve) -> wire.Reserved:
-        hashes = wire.split_hashes(request.hashes)
-        if len(request.parent) != HASH_BYTES or request.position < 0:
+        runs = [
+            (parent, position, wire.split_hashes(hashes))
+            for parent, position, hashes in request.runs
+            if hashes
+        ]
+        if any(len(parent) != HASH_BYTES or position < 0 for parent, position, _ in runs):
             raise wire.WireError("a reservation without a parent or position")
-        group = session.group
-        tickets: list[int | None] = [None] * len(hashes)
-        if group.whole:
-            tickets = session.opened.store.reserve(
-                request.parent, request.position, hashes, owner=group.owner
+        if sum(len(hashes) for _, _, hashes in runs) > wire.MAX_BLOCKS:
+            raise wire.WireError("a reservation of too many blocks")
+        store, group = session.opened.store, session.group
+        numbers: list[int] = []
+        for parent, position, hashes in runs:
+            tickets = (
+                store.reserve(parent, position, hashes, owner=group.owner)
+                if group.whole
+                else [None] * len(hashes)
             )
-        numbers = [wire.NO_TICKET if ticket is None else ticket for ticket in tickets]
+            numbers += [wire.NO_TICKET if ticket is None else ticket for ticket in tickets]
         return wire.Reserved(request.id, wire.pack_numbers(numbers, "Q"))
 
     def _commit(self, session: Session, request: wire.Commit) -> None:
         store = session.opened.store
-        if not 0 <= request.shard < store.layout.shards:
-            raise wire.WireError(f"a commit of shard {request.shard} of {store.layout.shards}")
-        store.commit(wire.unpack_numbers(request.tickets, "Q"), request.shard)
+        store.commit(wire.unpack_numbers(request.tickets, "Q"), _checked(request.shard, store))
 
     def _abort(self, session: Session, request: wire.Abort) -> None:
-        session.opened.store.abort(wire.unpack_numbers(request.tickets, "Q"))
+        store = session.opened.store
+        shard = None if request.shard == -1 else _checked(request.shard, store)
+        store.abort(wire.unpack_numbers(request.tickets, "Q"), shard)
 
     def _stats(self, session: Session, request: wire.Stats) -> wire.Numbers:
         return wire.Numbers(request.id, dict(session.opened.store.stats()))
@@ -143,8 +151,17 @@ class Desk:
         return lambda: wire.Done(request.id, session.opened.store.flush(timeout))
 
     def _leave(self, session: Session, request: wire.Leave) -> wire.Done:
-        left = session.group.notes.leave(request.key, request.data, request.readers)
+        readers = {rank for rank in request.readers if 0 <= rank < session.group.ranks}
+        tickets = wire.unpack_numbers(request.tickets, "Q")
+        left = session.group.notes.leave(request.key, request.data, readers, tickets)
         return wire.Done(request.id, left)
 
     def _fetch(self, session: Session, request: wire.Fetch) -> wire.Note:
-        return wire.Note(request.id, session.group.notes.fetch(request.key, session.rank))
+        data, tickets = session.group.notes.fetch(request.key, session.rank)
+        return wire.Note(request.id, data, wire.pack_numbers(tickets, "Q"))
+
+
+def _checked(shard: int, store: TieredStore) -> int:
+    if not 0 <= shard < store.layout.shards:
+        raise wire.WireError(f"shard {shard} of {store.layout.shards}")
+    return shard

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -46,6 +47,21 @@ class State(Enum):
     CLOSED = "closed"
 
 
+@dataclass(eq=False, slots=True)
+class Answer:
+    """What a request will be answered with that nobody waits for.
+
+    Attributes:
+        epoch: What the reply is about.
+        reply: The reply, once it is here.
+        unwanted: Whether it is to be undone when it comes.
+    """
+
+    epoch: int
+    reply: wire.AnyReply | None = None
+    unwanted: bool = False
+
+
 class Link:
     """Sends requests to the agent and waits for replies, never longer than a deadline.
 
@@ -53,7 +69,7 @@ class Link:
     from then on calls fail at once, without a look at the socket, until the link's own thread has got an
     answer to a ping; or, when the agent's process is gone, has attached to the next one.
 
-    Requests that want no reply wait in a queue while another thread uses the socket, which sends them on.
+    Requests that nobody waits for stand in a queue while another thread uses the socket, which sends them on.
 
     A reply that comes too late is undone: the lease that it grants is released, its tickets are aborted.
 
@@ -63,6 +79,9 @@ class Link:
         mappings: Where the arenas go.
         counters: Where to count.
         launch: Called when no agent listens, says whether it has started one; None: others start it.
+
+    Attributes:
+        tend: Called by the link's own thread, every second or so.
     """
 
     def __init__(
@@ -78,12 +97,15 @@ class Link:
         self._mappings = mappings
         self._counters = counters
         self._launch = launch
+        self.tend: Callable[[], None] = mappings.drop_old
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._state = State.DOWN
         self._changed = threading.Condition()
         self._posts: deque[tuple[int, wire.AnyRequest]] = deque()
+        # What was asked without waiting, by the request's id.
+        self._asked: dict[int, Answer] = {}
         self._ids = itertools.count(1)
         self._ping = 0
         self._dialled: socket.socket | None = None
@@ -140,6 +162,53 @@ class Link:
             self._lock.release()
             self._send_on()
 
+    def ask(self, request: wire.AnyRequest) -> Answer | None:
+        """Send a request, now or as soon as the socket is free, and do not wait for the reply.
+
+        Returns:
+            Where the reply is going to be, None when the agent cannot be used.
+        """
+        connection = self._connection
+        if self._state is not State.UP or connection is None:
+            return None
+        request.id = next(self._ids)
+        answer = self._asked[request.id] = Answer(connection.epoch)
+        self._posts.append((connection.epoch, request))
+        self._send_on()
+        return answer
+
+    def look(self, answer: Answer, patience: float = 0.0) -> wire.AnyReply | None:
+        """Return the reply to what was asked, None if it is not here.
+
+        Args:
+            answer: From `ask`.
+            patience: Seconds to wait for it.
+        """
+        if answer.reply is not None or self._state is not State.UP:
+            return answer.reply
+        deadline = time.monotonic() + patience
+        if not self._lock.acquire(timeout=patience):
+            return answer.reply
+        try:
+            connection = self._connection
+            while connection is not None and connection.epoch == answer.epoch and answer.reply is None:
+                sent = self._send_posts(connection)
+                reply = connection.receive()
+                if reply is not None:
+                    self._file(connection, reply)
+                elif not patience or not self._wait(connection, deadline, to_send=not sent):
+                    break
+        finally:
+            self._lock.release()
+            self._send_on()
+        return answer.reply
+
+    def renounce(self, answer: Answer) -> wire.AnyReply | None:
+        """Return the reply to what was asked if it is here; if it comes later, it is undone."""
+        with self._lock:
+            answer.unwanted = True
+            return answer.reply
+
     def post(self, request: wire.AnyRequest, epoch: int) -> None:
         """Send a request that wants no reply, now or as soon as the socket is free. Never waits."""
         if self._state is State.DOWN or self._state is State.CLOSED:
@@ -181,7 +250,7 @@ class Link:
             elif reply.id == request.id:
                 return reply
             else:
-                self._undo(connection, reply)
+                self._file(connection, reply)
 
     def _wait(self, connection: Connection, deadline: float, *, to_send: bool = False) -> bool:
         """Wait for the agent; False when time is up or it is gone. The lock is held."""
@@ -192,6 +261,14 @@ class Link:
             self._suspect()
         return ended is Wait.READY
 
+    def _file(self, connection: Connection, reply: wire.AnyReply) -> None:
+        """Put a reply where it is looked for, or undo it; the lock is held."""
+        answer = self._asked.pop(reply.id, None)
+        if answer is None or answer.unwanted:
+            self._undo(connection, reply)
+        else:
+            answer.reply = reply
+
     def _undo(self, connection: Connection, reply: wire.AnyReply) -> None:
         """Give back what a reply grants that nobody waits for any more; the lock is held."""
         if isinstance(reply, wire.Matched) and reply.lease:
@@ -199,7 +276,9 @@ class Link:
         elif isinstance(reply, wire.Reserved):
             numbers = wire.unpack_numbers(reply.tickets, "Q")
             tickets = [number for number in numbers if number != wire.NO_TICKET]
-            self._posts.append((connection.epoch, wire.Abort(0, 0, wire.pack_numbers(tickets, "Q"))))
+            self._posts.append((connection.epoch, wire.Abort(0, 0, wire.pack_numbers(tickets, "Q"), -1)))
+        elif isinstance(reply, wire.Note) and reply.tickets:
+            self._posts.append((connection.epoch, wire.Abort(0, 0, reply.tickets, self._hello.rank)))
         self._counters.add("client_late_replies")
 
     def _send_on(self) -> None:
@@ -238,6 +317,7 @@ class Link:
         log_once(_log, "lost", "the agent is gone: everything is a miss until there is one again")
         self._connection = None
         self._posts.clear()
+        self._asked.clear()
         connection.close()
         self._set_state(State.DOWN)
         self._ring()
@@ -283,7 +363,7 @@ class Link:
             if self._connection is not connection:
                 return
             while (reply := connection.receive()) is not None:
-                self._undo(connection, reply)
+                self._file(connection, reply)
             if ended:
                 self._lose(connection)
         self._send_on()
@@ -304,7 +384,7 @@ class Link:
                     _log.warning("the agent answers again")
                     self._set_state(State.UP)
                 else:
-                    self._undo(connection, reply)
+                    self._file(connection, reply)
             if ended is Wait.GONE:
                 self._lose(connection)
         self._send_on()
@@ -318,7 +398,7 @@ class Link:
         ready = [fd for fd, _ in poll.poll(seconds * 1000)]
         with suppress(BlockingIOError):
             self._wake.recv(4096)
-        self._mappings.drop_old()
+        self.tend()
         return any(fd != self._wake.fileno() for fd in ready)
 
     def _attach(self) -> bool:

@@ -140,6 +140,7 @@ class Agent:
             if now >= next_tick:
                 next_tick = now + TICK_SECONDS
                 self.stores.tend()
+                self.sessions.tend()
             if len(self.sessions):
                 alone_since = now
             elif self._linger is not None and now - alone_since >= self._linger:

@@ -20,17 +20,17 @@ class Group:
     Attributes:
         owner: The number that the store knows the engine's leases and reservations by.
         ranks: How many clients it has when it is whole.
+        notes: What its clients have left for each other.
         members: Those that are attached.
         whole: Whether all ranks are attached and ready. Nothing is promised to an engine that is not: every
             rank has to be able to read, and to fill, each slot.
-        notes: What its clients have left for each other.
     """
 
     owner: int
     ranks: int
+    notes: Notes
     members: set[Session] = field(default_factory=set)
     whole: bool = False
-    notes: Notes = field(default_factory=Notes)
 
 
 @dataclass(eq=False, slots=True)
@@ -82,7 +82,9 @@ class Sessions:
         """
         with self._lock:
             key = (opened.epoch, group)
-            known = self._groups.get(key) or Group(next(self._owners), ranks)
+            known = self._groups.get(key)
+            if known is None:
+                known = Group(next(self._owners), ranks, Notes(opened.store.abort, self._stores.clock))
             if known.ranks != ranks or not 0 <= rank < ranks:
                 raise ConfigError(f"rank {rank} of {ranks} joins an engine of {known.ranks} ranks")
             self._groups[key] = known
@@ -111,6 +113,11 @@ class Sessions:
             session.opened.store.drop_owner(group.owner)
         self._stores.leave(session.opened)
         session.connection.close()
+
+    def tend(self) -> None:
+        """Drop what nobody is going to fetch."""
+        for group in list(self._groups.values()):
+            group.notes.expire()
 
     def remove_all(self) -> None:
         """Let all clients go: the agent has ended."""

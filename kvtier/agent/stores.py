@@ -62,6 +62,7 @@ class Stores:
     Attributes:
         memory: The arena.
         arena: Random number of the arena.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Stores:
         self._pool = PagePool(pages)
         self._open_tiers = open_tiers
         self._flush_timeout = flush_timeout
-        self._clock = clock
+        self.clock = clock
         # Opening tiers takes time: `_opening` is held meanwhile, `_lock` never for long.
         self._opening = threading.Lock()
         self._lock = threading.Lock()
@@ -112,7 +113,7 @@ class Stores:
                 self._check_room(layout)
             memory = MemoryTier.within(self.memory, layout.block_bytes)
             tiers = self._open_tiers(namespace, layout)
-            store = TieredStore(namespace, layout, memory, tiers, clock=self._clock)
+            store = TieredStore(namespace, layout, memory, tiers, clock=self.clock)
             with self._lock:
                 opened = OpenStore(
                     store, next(self._epochs) % MAX_EPOCH + 1, memory.slot_stride // PAGE_BYTES, 1
@@ -129,12 +130,12 @@ class Stores:
         """Count one client less; the store stays open."""
         with self._lock:
             opened.users -= 1
-            opened.idle_since = self._clock()
+            opened.idle_since = self.clock()
 
     def tend(self) -> None:
         """Hand on pages that became free; close what was long without clients while others are not."""
         with self._lock:
-            long_ago = self._clock() - WARM_SECONDS
+            long_ago = self.clock() - WARM_SECONDS
             if any(opened.users for opened in self._open.values()):
                 for key, opened in list(self._open.items()):
                     if not opened.users and opened.idle_since <= long_ago:

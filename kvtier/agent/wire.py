@@ -24,7 +24,7 @@ import numpy as np
 
 from kvtier.hashing import HASH_BYTES
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Goes up whenever a message or its meaning changes; agent and client have to agree on it."""
 
 DOOR = "door"
@@ -126,8 +126,8 @@ class MatchBlocks(Request, tag="match"):
     block_cost: float = 0.0
 
 
-class Renew(Request, tag="renew"):
-    """`StoreClient.renew`, answered by `Done`."""
+class Hold(Request, tag="hold"):
+    """`StoreClient.hold`, answered by `Done`."""
 
     lease: int
 
@@ -140,11 +140,9 @@ class Release(Request, tag="release"):
 
 
 class Reserve(Request, tag="reserve"):
-    """`StoreClient.reserve`."""
+    """`StoreClient.reserve_soon`: parent, position and concatenated hashes of each run."""
 
-    parent: bytes
-    position: int
-    hashes: bytes
+    runs: list[tuple[bytes, int, bytes]]
 
 
 class Commit(Request, tag="commit"):
@@ -155,9 +153,10 @@ class Commit(Request, tag="commit"):
 
 
 class Abort(Request, tag="abort"):
-    """`StoreClient.abort`."""
+    """`StoreClient.abort`; shard -1 for all."""
 
     tickets: bytes
+    shard: int
 
 
 class Stats(Request, tag="stats"):
@@ -171,11 +170,19 @@ class Flush(Request, tag="flush"):
 
 
 class Leave(Request, tag="leave"):
-    """A note for other clients of the same engine, `readers` of them; answered by `Done`."""
+    """A note for other ranks of the same engine, about reservations; answered by `Done`.
+
+    Attributes:
+        key: Its number.
+        data: What it says.
+        readers: The ranks that are going to fetch it.
+        tickets: What those of them give up that do not get it.
+    """
 
     key: int
     data: bytes
-    readers: int
+    readers: list[int]
+    tickets: bytes
 
 
 class Fetch(Request, tag="fetch"):
@@ -194,7 +201,7 @@ class Matched(msgspec.Struct, array_like=True, tag="matched"):
 
 
 class Reserved(msgspec.Struct, array_like=True, tag="reserved"):
-    """Tickets as u64, `NO_TICKET` for none."""
+    """Tickets as u64, of one run after the other, `NO_TICKET` for none."""
 
     id: int
     tickets: bytes
@@ -208,10 +215,11 @@ class Done(msgspec.Struct, array_like=True, tag="done"):
 
 
 class Note(msgspec.Struct, array_like=True, tag="note"):
-    """What was left under a number; empty where nothing was, or no longer is."""
+    """What was left under a number, and its tickets; empty where nothing was, or no longer is."""
 
     id: int
     data: bytes
+    tickets: bytes
 
 
 class Numbers(msgspec.Struct, array_like=True, tag="numbers"):
@@ -222,7 +230,7 @@ class Numbers(msgspec.Struct, array_like=True, tag="numbers"):
 
 
 AnyRequest = (
-    Ready | Ping | MatchBlocks | Renew | Release | Reserve | Commit | Abort | Stats | Flush | Leave | Fetch
+    Ready | Ping | MatchBlocks | Hold | Release | Reserve | Commit | Abort | Stats | Flush | Leave | Fetch
 )
 AnyReply = Matched | Reserved | Done | Numbers | Note
 

@@ -1,6 +1,6 @@
 """The store: lookups, leases, staging and write-through over the tiers."""
 
-from kvtier.store.base import Match, StoreClient, ticket_slot
+from kvtier.store.base import Match, Reservation, Run, StoreClient, ticket_slot
 from kvtier.store.tiered import TieredStore, open_tiers
 
-__all__ = ["Match", "StoreClient", "TieredStore", "open_tiers", "ticket_slot"]
+__all__ = ["Match", "Reservation", "Run", "StoreClient", "TieredStore", "open_tiers", "ticket_slot"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvtier.layout import BlockLayout
 
@@ -14,7 +14,7 @@ class Match:
     """The answer to a lookup: blocks that lie verified in the arena, leased.
 
     Attributes:
-        lease: Handle for `StoreClient.release` and `renew`; 0 when nothing matched.
+        lease: Handle for `StoreClient.release` and `hold`; 0 when nothing matched.
         slots: Arena slot of each block of the leading run, in order.
         sources: How many of these blocks came from each tier ("memory", "disk", "s3").
     """
@@ -24,11 +24,61 @@ class Match:
     sources: Mapping[str, int] = field(default_factory=dict)
 
 
+class Run(NamedTuple):
+    """Consecutive blocks of one chain.
+
+    Attributes:
+        parent: Hash of the block before the first one, or the chain's root.
+        position: Place of the first block in the chain.
+        hashes: Their hashes.
+    """
+
+    parent: bytes
+    position: int
+    hashes: Sequence[bytes]
+
+
+class Reservation(Protocol):
+    """Slots that were asked for, the answer perhaps still under way."""
+
+    def take(self, wait: bool = False) -> list[int | None] | None:
+        """Return the tickets, once; what is not taken within some seconds is given up by itself.
+
+        Args:
+            wait: Whether to wait for the answer, up to the client's deadline. If none comes there are no
+                tickets, also later.
+
+        Returns:
+            A ticket for each block, or None where none is needed (held already, or being filled) or none is
+            to be had (no evictable slot: skip and count, never wait); None as long as there is no answer.
+        """
+        ...
+
+
+class Granted:
+    """A reservation whose answer is known."""
+
+    __slots__ = ("_tickets",)
+
+    def __init__(self, tickets: list[int | None]) -> None:
+        self._tickets = tickets
+
+    def take(self, wait: bool = False) -> list[int | None] | None:
+        """Return the tickets; see `Reservation.take`."""
+        return self._tickets
+
+
 class StoreClient(Protocol):
     """The whole interface between an engine adapter and a store.
 
-    No method raises, and only `match` waits, at most as long as it is told to. A slot is one block's room in
-    the arena; `slot_view` gives its bytes. A ticket is a reservation of a slot that is being filled.
+    No method raises. `match` waits at most as long as it is told to; `hold` and `reserve` are answered at
+    once, where the store is another process within a short deadline; nothing else waits. A slot is one
+    block's room in the arena; `slot_view` gives its bytes. A ticket is a reservation of a slot that is being
+    filled.
+
+    Slots change hands only when nobody can be using them any more: no shard loses one because it is late.
+    A lease that was not held yet ends by itself; a held one ends when every shard has released it, and a
+    reservation when every shard has said how its copy ended; or when the engine's processes are gone.
     """
 
     layout: BlockLayout
@@ -53,8 +103,14 @@ class StoreClient(Protocol):
         """
         ...
 
-    def renew(self, lease: int) -> bool:
-        """Extend a lease by its full term; False when it has expired: its slots must not be read any more."""
+    def hold(self, lease: int) -> float:
+        """Take a lease that is going to be used: from now on it ends only by `release`.
+
+        Returns:
+            Until when, on `time.monotonic`'s clock, it is certain that nothing changes in its slots: they
+            must neither be read nor have been read later than that. Infinity once it is held; 0.0 when the
+            lease is over.
+        """
         ...
 
     def release(self, lease: int, shard: int | None = None) -> None:
@@ -62,25 +118,26 @@ class StoreClient(Protocol):
         ...
 
     def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
-        """Reserve a slot for each block that the arena does not hold yet.
+        """Reserve a slot for each block of a `Run` that the arena does not hold yet; see `Reservation`."""
+        ...
 
-        Args:
-            parent: Hash of the block before the first one, or the chain's root.
-            position: Place of the first block in the chain.
-            hashes: Hashes of consecutive blocks.
-
-        Returns:
-            A ticket for each block, or None where none is needed (held already, or being filled) or none
-            is to be had (no evictable slot: skip and count, never wait).
-        """
+    def reserve_soon(self, runs: Sequence[Run]) -> list[Reservation]:
+        """Do the same for several runs at once, without waiting for the answer."""
         ...
 
     def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
         """Say that one shard's bytes are in place. A block becomes readable when every shard has said so."""
         ...
 
-    def abort(self, tickets: Sequence[int]) -> None:
-        """Give reservations up; nothing may write to their slots any more."""
+    def abort(self, tickets: Sequence[int], shard: int | None = None) -> None:
+        """Give reservations up.
+
+        Args:
+            tickets: The reservations.
+            shard: Whose bytes are not going to be written any more: the block never becomes readable, and
+                its slot is free when each of the other shards has committed or given up. None: nobody was
+                told to write, and the slot is free at once.
+        """
         ...
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:

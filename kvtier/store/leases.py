@@ -1,4 +1,4 @@
-"""Leases: claims on resident slots, from promise to the end of the copy, that expire by themselves."""
+"""Leases: claims on resident slots, from promise to the end of the copy; unused ones expire by themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LeaseTable:
 
     Args:
         memory: The arena whose pins the leases stand for.
-        seconds: Term of a lease.
+        seconds: Term of a lease that is not held.
         clock: Monotonic seconds.
     """
 
@@ -32,13 +32,14 @@ class LeaseTable:
         self._seconds = seconds
         self._clock = clock
         self._lock = threading.Lock()
-        # Grants and renewals append at the end, so the first entry is always the next to expire.
+        # The first entry is always the next to expire.
         self._leases: dict[int, _Lease] = {}
+        self._held: dict[int, _Lease] = {}
         self._ids = itertools.count(1)
         self.expired = 0
 
     def __len__(self) -> int:
-        return len(self._leases)
+        return len(self._leases) + len(self._held)
 
     def grant(self, slots: Sequence[int], holders: int, owner: int = 0) -> int:
         """Take over one pin on each of `slots` and return the lease that answers for them.
@@ -54,41 +55,44 @@ class LeaseTable:
             self._leases[lease] = _Lease(slots, expires, set(range(holders)), owner)
         return lease
 
-    def renew(self, lease: int) -> bool:
-        """Give a lease its full term again; False when it has ended."""
+    def hold(self, lease: int) -> bool:
+        """Let a lease last until it is released; False when it has ended."""
         with self._lock:
             entry = self._leases.pop(lease, None)
             if entry is None:
-                return False
+                return lease in self._held
             if entry.expires <= self._clock():
                 self._end(entry)
                 self.expired += 1
                 return False
-            entry.expires = self._clock() + self._seconds
-            self._leases[lease] = entry
+            self._held[lease] = entry
             return True
 
     def release(self, lease: int, shard: int | None = None) -> None:
         """End one shard's hold, or (None) the lease; unknown ones are ignored."""
         with self._lock:
-            entry = self._leases.get(lease)
+            table = self._held if lease in self._held else self._leases
+            entry = table.get(lease)
             if entry is None:
                 return
             if shard is not None:
                 entry.holders.discard(shard)
                 if entry.holders:
                     return
-            del self._leases[lease]
+            del table[lease]
             self._end(entry)
 
     def end_all(self, owner: int) -> None:
         """End every lease of one owner."""
         with self._lock:
-            for lease in [lease for lease, entry in self._leases.items() if entry.owner == owner]:
-                self._end(self._leases.pop(lease))
+            for table in (self._leases, self._held):
+                for lease in [lease for lease, entry in table.items() if entry.owner == owner]:
+                    self._end(table.pop(lease))
 
     def expire(self) -> None:
         """End every lease whose term is over."""
+        if not self._leases:
+            return
         with self._lock:
             now = self._clock()
             while self._leases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from kvtier.codec import BlockCodec
 from kvtier.config import Config
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
-from kvtier.store.base import Match, ticket_slot
+from kvtier.store.base import Granted, Match, Reservation, Run, ticket_slot
 from kvtier.store.leases import LeaseTable
 from kvtier.store.staging import Stager
 from kvtier.store.writing import CommittedBlock, WriteThrough
@@ -24,7 +25,7 @@ from kvtier.tiers.memory import MemoryTier
 _log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
-"""A lease spans one engine iteration, from lookup to the end of the copy; a minute is far beyond any."""
+"""Time from a lookup to the order to load, which lie in one engine iteration; a minute is far beyond any."""
 
 
 @dataclass(slots=True)
@@ -44,11 +45,19 @@ class Lookup:
 
 @dataclass(slots=True)
 class _Reservation:
-    """A block that is being filled, and the shards that have said that their bytes are in place."""
+    """A block that is being filled.
+
+    Attributes:
+        block: The block.
+        owner: For `drop_owner`.
+        writing: The shards that have not said how their copy ended.
+        failed: Whether one of them gave up.
+    """
 
     block: CommittedBlock
     owner: int
-    committed: set[int] = field(default_factory=set)
+    writing: set[int]
+    failed: bool = False
 
 
 def open_tiers(config: Config, namespace: Namespace, layout: BlockLayout) -> list[Tier]:
@@ -173,9 +182,9 @@ class TieredStore:
         lease = self._leases.grant(slots, holders or self.layout.shards, owner)
         return Match(lease, tuple(slots), sources)
 
-    def renew(self, lease: int) -> bool:
-        """Extend a lease; see `StoreClient.renew`."""
-        return self._leases.renew(lease)
+    def hold(self, lease: int) -> float:
+        """Take a lease into use; see `StoreClient.hold`."""
+        return math.inf if self._leases.hold(lease) else 0.0
 
     def release(self, lease: int, shard: int | None = None) -> None:
         """Give a lease up; see `StoreClient.release`."""
@@ -189,42 +198,65 @@ class TieredStore:
             return [None] * len(hashes)
         self._leases.expire()
         tickets = self.memory.reserve(hashes)
+        shards = range(self.layout.shards)
         with self._lock:
             for index, ticket in enumerate(tickets):
                 if ticket is not None:
                     before = hashes[index - 1] if index else parent
                     block = CommittedBlock(hashes[index], before, position + index, ticket_slot(ticket))
-                    self._filling[ticket] = _Reservation(block, owner)
-        without_room = sum(
-            ticket is None and self.memory.state(block) == "absent"
-            for ticket, block in zip(tickets, hashes, strict=True)
-        )
-        if without_room:
-            self._counters.add("save_skipped_blocks", without_room)
+                    self._filling[ticket] = _Reservation(block, owner, set(shards))
+        if None in tickets:
+            without_room = sum(
+                ticket is None and self.memory.state(block) == "absent"
+                for ticket, block in zip(tickets, hashes, strict=True)
+            )
+            if without_room:
+                self._counters.add("save_skipped_blocks", without_room)
         return tickets
+
+    def reserve_soon(self, runs: Sequence[Run]) -> list[Reservation]:
+        """Reserve slots for several runs; see `StoreClient.reserve_soon`."""
+        return [Granted(self.reserve(*run)) for run in runs]
 
     def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
         """Note one shard's bytes as in place; see `StoreClient.commit`."""
+        self._settle(tickets, shard, written=True)
+
+    def abort(self, tickets: Sequence[int], shard: int | None = None) -> None:
+        """Give reservations up; see `StoreClient.abort`."""
+        if shard is not None:
+            self._settle(tickets, shard, written=False)
+            return
+        with self._lock:
+            known = [ticket for ticket in tickets if self._filling.pop(ticket, None)]
+        self.memory.abort(known)
+
+    def _settle(self, tickets: Sequence[int], shard: int, *, written: bool) -> None:
+        """Note how one shard's copies ended. The last shard publishes a block, or frees its slot."""
         whole: dict[int, CommittedBlock] = {}
+        failed: list[int] = []
         with self._lock:
             for ticket in tickets:
                 entry = self._filling.get(ticket)
-                if entry is None:
+                if entry is None or shard not in entry.writing:
                     continue
-                entry.committed.add(shard)
-                if len(entry.committed) == self.layout.shards:
-                    del self._filling[ticket]
+                entry.writing.remove(shard)
+                entry.failed |= not written
+                if entry.writing:
+                    continue
+                del self._filling[ticket]
+                if entry.failed:
+                    failed.append(ticket)
+                else:
                     whole[ticket] = entry.block
+        if failed:
+            self.memory.abort(failed)
+        if not whole:
+            return
         published = self.memory.publish(list(whole), pin=True)
         blocks = [block for block, done in zip(whole.values(), published, strict=True) if done]
         self._counters.add("saved_blocks", len(blocks))
         self._writer.offer(blocks)
-
-    def abort(self, tickets: Sequence[int]) -> None:
-        """Give reservations up; see `StoreClient.abort`."""
-        with self._lock:
-            known = [ticket for ticket in tickets if self._filling.pop(ticket, None)]
-        self.memory.abort(known)
 
     def drop_owner(self, owner: int) -> None:
         """End the leases and reservations of one owner, whose processes are gone."""

@@ -222,7 +222,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         if promise is None or ready is None:
             raise BrokenPromise("their store is closed")
         blocks = range(promise.first, promise.first + len(promise.slots))
-        if not ready.store.renew(promise.lease):
+        if not ready.store.hold(promise.lease):
             promise = self._promise_again(state, promise, ready)
         orders: list[tuple[int, Pages]] = []
         for block, slot in zip(blocks, promise.slots, strict=True):

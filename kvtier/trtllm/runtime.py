@@ -25,14 +25,11 @@ from kvtier.trtllm.shared import SharedStore, attach_store, share_store
 
 _log = logging.getLogger(__name__)
 
-TAIL_SECONDS = 600.0
-"""Tails that no worker asked for by then are given up: the engine must have dropped the request."""
+TAIL_SECONDS = 60.0
+"""What a worker did not ask for by then it is not given any more: the engine must have dropped the request."""
 
 LEADER = -1
 """The leader's place among the members; workers have their rank."""
-
-ELSEWHERE = -2
-"""Stands for the ranks in other processes among those that a tail waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,14 @@ class Ready:
 
 @dataclass(slots=True)
 class _Tail:
+    """The last blocks of a finished request.
+
+    Attributes:
+        saves: What is to be saved.
+        waiting: The ranks of this process that have not asked for it.
+        since: When it was left.
+    """
+
     saves: tuple[Save, ...]
     waiting: set[int]
     since: float
@@ -157,15 +162,17 @@ class Runtime:
             False if workers in other processes cannot be told; then nobody will ask.
         """
         with self._lock:
-            here = set(self._pools) if self._by_agent else set(range(self.engine.ranks))
-            first = self._stores.get(0)
-        elsewhere = self.engine.ranks - len(here)
+            ranks = set(range(self.engine.ranks))
+            here = ranks & set(self._pools) if self._by_agent else ranks
+            first, pool = self._stores.get(0), self._pools.get(0)
+            if pool is not None and self.replicated(pool):
+                ranks = here = {0}
+        elsewhere = sorted(ranks - here)
         if elsewhere:
             mailbox = first.mailbox if first is not None else None
-            if mailbox is None or not mailbox.leave(request_id, encode_saves(saves), elsewhere):
+            tickets = [save.ticket for save in saves]
+            if mailbox is None or not mailbox.leave(request_id, encode_saves(saves), elsewhere, tickets):
                 return False
-            # Its end is not heard of: the leader gives these tickets up when all have had their time.
-            here.add(ELSEWHERE)
         with self._lock:
             self._tails[request_id] = _Tail(tuple(saves), here, self._clock())
         return True
@@ -195,13 +202,18 @@ class Runtime:
         return tail.saves
 
     def drop_old_tails(self) -> None:
-        """Give up the tails that nobody asked for in ten minutes."""
+        """Give up the tails that were not asked for in a minute, for the ranks that did not ask."""
+        if not self._tails:
+            return
         with self._lock:
             oldest = self._clock() - TAIL_SECONDS
             old = [request_id for request_id, tail in self._tails.items() if tail.since < oldest]
-            tickets = [save.ticket for request_id in old for save in self._tails.pop(request_id).saves]
-        if tickets and self.ready:
-            self.ready.store.abort(tickets)
+            tails = [self._tails.pop(request_id) for request_id in old]
+        for tail in tails:
+            for rank in tail.waiting:
+                store = self.store_of(rank)
+                if store is not None:
+                    store.abort([save.ticket for save in tail.saves], rank)
 
     def leave(self, member: int) -> None:
         """Go; the last member to go closes the store, unless another engine of the process uses it."""

@@ -217,7 +217,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         if made:
             store.commit(tickets, self._shard)
         else:
-            store.abort(tickets)
+            store.abort(tickets, self._shard)
         self._counters.add("saved_blocks" if made else "save_failed_blocks", len(tickets))
         then()
 
@@ -245,5 +245,6 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         if store is not None:
             for load in loads:
                 store.release(load.lease, self._rank)
-            store.abort([save.ticket for save in saves])
+            if not self._saves_elsewhere():
+                store.abort([save.ticket for save in saves], self._shard)
         self._counters.add("orders_given_up", len(loads) + len(saves))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from kvtier.layout import BlockLayout
-from kvtier.store import ticket_slot
+from kvtier.store import Run, ticket_slot
 from tests.store_support import LAYOUT, ROOT, DictTier, chain, content, read, save
 
 TWO_SHARDS = BlockLayout("bfloat16", tokens_per_block=4, layers=2, kv_factor=2, row_elements=64, shards=2)
@@ -84,6 +86,33 @@ class StoreSuite:
         client.commit([ticket])
         assert client.match(hashes).slots == ()
 
+    def test_a_slot_is_free_when_no_shard_can_be_writing_to_it(self):
+        client = self.make_client(slots=1, layout=TWO_SHARDS)
+        tickets = client.reserve(ROOT, 0, chain(1))
+        client.abort(tickets, 0)
+        client.abort(tickets, 0)
+        # The other one may be stopped in the middle of its copy.
+        assert client.reserve(ROOT, 0, chain(1, seed=1)) == [None]
+        client.commit(tickets, 1)
+        assert client.match(chain(1)).slots == ()
+        assert client.reserve(ROOT, 0, chain(1, seed=1)) != [None]
+        client.close(5)
+
+    def test_several_runs_are_reserved_at_once_and_the_answer_is_taken_later(self, client):
+        chains = [chain(3), chain(2, seed=1)]
+        runs = [Run(ROOT, 0, chains[0]), Run(ROOT, 0, chains[1]), Run(chains[0][0], 1, chains[0][1:2])]
+        first, second, known = client.reserve_soon(runs)
+        assert known.take(wait=True) == [None]
+        for blocks, reservation in ((chains[1], second), (chains[0], first)):
+            tickets = reservation.take()
+            assert None not in tickets
+            for block, ticket in zip(blocks, tickets, strict=True):
+                client.slot_view(ticket_slot(ticket))[:] = content(block)
+            client.commit(tickets)
+        for blocks in chains:
+            assert read(client, client.match(blocks).slots) == [content(block) for block in blocks]
+        assert client.stats()["filling_slots"] == 0
+
     def test_leased_blocks_are_not_evicted(self):
         client = self.make_client(slots=4)
         held = chain(2)
@@ -120,18 +149,21 @@ class StoreSuite:
         assert client.reserve(ROOT, 0, chain(1, seed=1)) != [None]
         client.close(5)
 
-    def test_leases_expire_and_renew(self):
+    def test_leases_expire_unless_they_are_held(self):
         now = [0.0]
         client = self.make_client(slots=1, clock=lambda: now[0])
         hashes = chain(1)
         save(client, hashes)
         kept, lost = client.match(hashes), client.match(hashes)
         now[0] = 59.0
-        assert client.renew(kept.lease)
+        assert client.hold(kept.lease) == math.inf
         now[0] = 61.0
-        assert not client.renew(lost.lease)
+        assert client.hold(lost.lease) == 0.0
+        now[0] = 10_000.0
+        assert client.hold(kept.lease) == math.inf
         assert client.reserve(ROOT, 0, chain(1, seed=1)) == [None]
-        now[0] = 130.0
+        assert read(client, kept.slots) == [content(hashes[0])]
+        client.release(kept.lease)
         assert client.reserve(ROOT, 0, chain(1, seed=1)) != [None]
         assert client.stats()["leases"] == 0
         client.close(5)
@@ -139,7 +171,7 @@ class StoreSuite:
     def test_unknown_leases_are_ignored(self, client):
         client.release(999)
         client.release(999, 0)
-        assert not client.renew(999)
+        assert client.hold(999) == 0.0
 
     def test_blocks_go_through_to_the_lower_tiers_and_come_back(self):
         disk, s3 = DictTier("disk"), DictTier("s3")

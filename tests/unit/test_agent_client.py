@@ -64,9 +64,9 @@ class TestEpochs:
         # The new agent counts from 1 as well: without epochs these would be the same numbers.
         assert old.lease & 0xFFFFFFFF == new.lease & 0xFFFFFFFF
         # The slots of the old lease do not change for a while, and its term runs.
-        assert client.renew(old.lease)
+        assert client.hold(old.lease)
         client.release(old.lease)
-        assert not client.renew(old.lease)
+        assert not client.hold(old.lease)
         client.commit(tickets)
         client.abort(tickets)
         assert client.stats()["leases"] == 1
@@ -184,7 +184,7 @@ def test_the_client_is_a_miss_without_an_agent(place):
     assert not client.connected
     assert client.match(chain(2), wait=1000).slots == ()
     assert client.reserve(ROOT, 0, chain(2)) == [None, None]
-    assert not client.renew(1)
+    assert not client.hold(1)
     client.release(1)
     client.commit([1, 2])
     client.abort([1, 2])

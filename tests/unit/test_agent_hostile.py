@@ -86,12 +86,19 @@ class TestHostility:
             lambda token: wire.Commit(token, 0, wire.pack_numbers([1], "Q"), 1),
             lambda token: wire.Commit(token, 0, wire.pack_numbers([1], "Q"), -1),
             lambda token: wire.Commit(token, 0, b"123", 0),
-            lambda token: wire.Abort(token, 0, b"123"),
+            lambda token: wire.Abort(token, 0, b"123", -1),
+            lambda token: wire.Abort(token, 0, wire.pack_numbers([1], "Q"), 1),
+            lambda token: wire.Abort(token, 0, wire.pack_numbers([1], "Q"), -2),
             lambda token: wire.MatchBlocks(token, 1, b"short", 0.0),
-            lambda token: wire.Reserve(token, 1, b"short", 0, b""),
-            lambda token: wire.Reserve(token, 1, bytes(16), -1, b""),
+            lambda token: wire.Reserve(token, 1, [(b"short", 0, bytes(16))]),
+            lambda token: wire.Reserve(token, 1, [(bytes(16), -1, bytes(16))]),
+            lambda token: wire.Reserve(token, 1, [(bytes(16), 0, b"short")]),
+            lambda token: wire.Reserve(
+                token, 1, [(bytes(16), 0, bytes(16 * count)) for count in (wire.MAX_BLOCKS, 1)]
+            ),
+            lambda token: wire.Leave(token, 1, 1, b"", [0], b"123"),
         ],
-        ids=range(7),
+        ids=range(12),
     )
     def test_requests_that_make_no_sense_are_counted_and_dropped(self, place, agent, build):
         client = place.connect()

@@ -10,7 +10,7 @@ import urllib.request
 import msgspec
 import pytest
 
-from kvtier.agent import http, wire
+from kvtier.agent import http, reservations, wire
 from kvtier.agent.client import AgentClient, Deadlines
 from kvtier.agent.http import HealthServer
 from kvtier.codec import BlockCodec
@@ -178,7 +178,7 @@ class TestLateAnswers:
         for _ in range(50):
             assert client.match(chain(2)).slots == ()
             assert client.reserve(ROOT, 0, chain(1, seed=1)) == [None]
-            assert not client.renew(1)
+            assert client.hold(1) == 0.0
             client.release(1)
             client.commit([1])
             client.abort([1])
@@ -208,14 +208,16 @@ class TestLateAnswers:
         assert client.stats()["leases"] == 0
         assert store_of(agent).stats()["memory_pinned"] == 0
 
-    def test_late_tickets_are_aborted(self, slow, agent):
+    def test_late_tickets_are_aborted(self, slow, agent, monkeypatch):
         client, gate = slow
+        monkeypatch.setattr(reservations, "RESERVED_SECONDS", 0.1)
         gate.clear()
         assert client.reserve(ROOT, 0, chain(16)) == [None] * 16
         gate.set()
         eventually(lambda: client.connected)
         client._deadlines = Deadlines(20.0, 20.0)
-        eventually(lambda: client.stats()["filling_slots"] == 0 and client.stats()["client_late_replies"])
+        eventually(lambda: client.stats().get("client_untaken_reservations") == 1)
+        eventually(lambda: client.stats()["filling_slots"] == 0)
         assert save(client, chain(16, seed=1)) == 16
 
     def test_commits_and_releases_made_meanwhile_are_not_lost(self, slow):
@@ -235,7 +237,7 @@ class TestLateAnswers:
         eventually(lambda: client.stats()["leases"] == 0)
         assert len(client.match(chain(2, seed=1)).slots) == 2
 
-    def test_a_lease_counts_as_renewed_while_it_holds_for_certain(self, slow):
+    def test_a_lease_is_used_without_an_answer_while_it_is_certain(self, slow):
         client, gate = slow
         now = [0.0]
         client._clock = lambda: now[0]
@@ -245,10 +247,10 @@ class TestLateAnswers:
         gate.clear()
         client._deadlines = Deadlines(0.02, 0.02)
         now[0] = 29.0
-        assert client.renew(match.lease)
-        assert not client.renew(match.lease + 1)
+        assert client.hold(match.lease) == 60.0
+        assert client.hold(match.lease + 1) == 0.0
         now[0] = 31.0
-        assert not client.renew(match.lease)
+        assert client.hold(match.lease) == 0.0
 
 
 class TestWaiting:

@@ -10,25 +10,26 @@ from hypothesis import strategies as st
 from kvtier.agent import wire
 
 U64 = st.integers(0, 2**64 - 1)
+RUNS = st.lists(st.tuples(st.binary(), st.integers(0, 2**40), st.binary()))
 REQUESTS = st.one_of(
     st.builds(wire.Ready, U64, U64),
     st.builds(wire.Ping, U64, U64),
     st.builds(wire.MatchBlocks, U64, U64, st.binary(), st.floats(0, 10)),
-    st.builds(wire.Renew, U64, U64, U64),
+    st.builds(wire.Hold, U64, U64, U64),
     st.builds(wire.Release, U64, U64, U64, st.integers(-1, 100)),
-    st.builds(wire.Reserve, U64, U64, st.binary(), st.integers(0, 2**40), st.binary()),
+    st.builds(wire.Reserve, U64, U64, RUNS),
     st.builds(wire.Commit, U64, U64, st.binary(), st.integers(0, 100)),
-    st.builds(wire.Abort, U64, U64, st.binary()),
+    st.builds(wire.Abort, U64, U64, st.binary(), st.integers(-1, 100)),
     st.builds(wire.Stats, U64, U64),
     st.builds(wire.Flush, U64, U64, st.floats(0, 10)),
-    st.builds(wire.Leave, U64, U64, U64, st.binary(), st.integers(0, 100)),
+    st.builds(wire.Leave, U64, U64, U64, st.binary(), st.lists(st.integers(0, 100)), st.binary()),
     st.builds(wire.Fetch, U64, U64, U64),
 )
 REPLIES = st.one_of(
     st.builds(wire.Matched, U64, U64, st.binary(), st.dictionaries(st.text(), st.integers(0, 100))),
     st.builds(wire.Reserved, U64, st.binary()),
     st.builds(wire.Done, U64, st.booleans()),
-    st.builds(wire.Note, U64, st.binary()),
+    st.builds(wire.Note, U64, st.binary(), st.binary()),
     st.builds(wire.Numbers, U64, st.dictionaries(st.text(), st.integers(0, 100))),
 )
 

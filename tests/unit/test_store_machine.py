@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvtier.layout import BlockLayout
 from kvtier.store import ticket_slot
 from kvtier.store.tiered import LEASE_SECONDS
 from tests.store_support import ROOT, DictTier, chain, content, make_store, read
+
+TWO_SHARDS = BlockLayout("bfloat16", tokens_per_block=4, layers=2, kv_factor=2, row_elements=64, shards=2)
 
 SLOTS = 6
 PROMPTS = [chain(5, seed) for seed in range(3)]
@@ -28,9 +33,26 @@ class StoreMachine(RuleBasedStateMachine):
         self.start()
 
     def start(self):
-        self.store = make_store([self.disk, self.s3], slots=SLOTS, clock=lambda: self.now)
+        tiers = [self.disk, self.s3]
+        self.store = make_store(tiers, slots=SLOTS, layout=TWO_SHARDS, clock=lambda: self.now)
         self.leases: dict[int, tuple[float, list[bytes], tuple[int, ...]]] = {}
-        self.tickets: dict[int, bytes] = {}
+        # Of each reservation the block, and the shards that may write to its slot.
+        self.tickets: dict[int, tuple[bytes, set[int]]] = {}
+
+    def settle(self, data, end):
+        """Let one shard's copy of one block end."""
+        ticket = data.draw(st.sampled_from(sorted(self.tickets)))
+        block, writing = self.tickets[ticket]
+        shard = data.draw(st.sampled_from(sorted(writing)))
+        writing.remove(shard)
+        if not writing:
+            del self.tickets[ticket]
+        end(block, ticket, shard)
+
+    def write(self, block, ticket, shard):
+        size = TWO_SHARDS.shard_bytes
+        rows = content(block, TWO_SHARDS.block_bytes)[shard * size : (shard + 1) * size]
+        self.store.slot_view(ticket_slot(ticket), shard)[:] = rows
 
     def alive(self):
         return {lease: entry for lease, entry in self.leases.items() if self.now - entry[0] < LEASE_SECONDS}
@@ -40,7 +62,7 @@ class StoreMachine(RuleBasedStateMachine):
         for block, ticket in zip(prompt, self.store.reserve(ROOT, 0, prompt[:length]), strict=False):
             if ticket is not None:
                 assert ticket not in self.tickets
-                self.tickets[ticket] = block
+                self.tickets[ticket] = (block, {0, 1})
         # A reserved slot is nobody else's, and none that is leased.
         slots = [ticket_slot(ticket) for ticket in self.tickets]
         assert len(set(slots)) == len(slots)
@@ -49,15 +71,38 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def fill_and_commit(self):
-        for ticket, block in self.tickets.items():
-            self.store.slot_view(ticket_slot(ticket))[:] = content(block)
-        self.store.commit(list(self.tickets))
+        for ticket, (block, writing) in self.tickets.items():
+            for shard in writing:
+                self.write(block, ticket, shard)
+                self.store.commit([ticket], shard)
         self.tickets.clear()
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def one_shard_is_ready(self, data):
+        def end(block, ticket, shard):
+            self.write(block, ticket, shard)
+            self.store.commit([ticket], shard)
+
+        self.settle(data, end)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def one_shard_fails(self, data):
+        self.settle(data, lambda block, ticket, shard: self.store.abort([ticket], shard))
+
+    @rule()
+    def shards_that_were_stopped_write(self):
+        for ticket, (_, writing) in self.tickets.items():
+            for shard in writing:
+                self.store.slot_view(ticket_slot(ticket), shard)[:] = bytes(TWO_SHARDS.shard_bytes)
 
     @rule()
     def abort(self):
-        self.store.abort(list(self.tickets))
-        self.tickets.clear()
+        unordered = [ticket for ticket, (_, writing) in self.tickets.items() if len(writing) == 2]
+        self.store.abort(unordered)
+        for ticket in unordered:
+            del self.tickets[ticket]
 
     @rule(prompt=prompts, length=lengths, wait=st.sampled_from([0, PATIENT]))
     def match(self, prompt, length, wait):
@@ -79,13 +124,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.now += seconds
 
     @rule(data=st.data())
-    def renew(self, data):
+    def hold(self, data):
         if self.leases:
             lease = data.draw(st.sampled_from(sorted(self.leases)))
             granted, hashes, slots = self.leases[lease]
-            if self.store.renew(lease):
+            if self.store.hold(lease):
                 assert self.now - granted < LEASE_SECONDS
-                self.leases[lease] = (self.now, hashes, slots)
+                self.leases[lease] = (math.inf, hashes, slots)
             else:
                 assert self.now - granted >= LEASE_SECONDS
                 del self.leases[lease]
@@ -115,7 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def leased_slots_hold_their_blocks(self):
         for _, hashes, slots in self.alive().values():
-            assert read(self.store, slots) == [content(block) for block in hashes]
+            assert read(self.store, slots) == [content(block, TWO_SHARDS.block_bytes) for block in hashes]
 
     @invariant()
     def nothing_leaks(self):
@@ -124,7 +169,9 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         for lease in list(self.leases):
             self.store.release(lease)
-        self.store.abort(list(self.tickets))
+        for ticket, (_, writing) in self.tickets.items():
+            for shard in writing:
+                self.store.abort([ticket], shard)
         assert self.store.flush(PATIENT)
         stats = self.store.stats()
         assert (stats["leases"], stats["filling_slots"], stats["memory_pinned"]) == (0, 0, 0)

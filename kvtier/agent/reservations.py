@@ -1,0 +1,131 @@
+"""Reservations that a client has asked for, until their tickets are taken."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.agent import wire
+from kvtier.agent.link import Answer, Link
+from kvtier.store.base import Granted, Reservation, Run
+
+_log = logging.getLogger(__name__)
+
+RESERVED_SECONDS = 5.0
+"""Tickets that nobody has taken by then are given up: the request was cancelled, or is not scheduled."""
+
+
+class _Batch:
+    """The runs of one message.
+
+    Attributes:
+        answer: The agent's answer.
+        since: When it was asked.
+        runs: Where the tickets of each run stand in the answer. Whoever takes an entry out owns its tickets.
+    """
+
+    __slots__ = ("answer", "runs", "since")
+
+    def __init__(self, answer: Answer, since: float, sizes: Sequence[int]) -> None:
+        self.answer = answer
+        self.since = since
+        ends = itertools.accumulate(sizes)
+        self.runs = {
+            run: slice(end - size, end) for run, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        }
+
+    def tickets(self, place: slice) -> list[int | None]:
+        """Return the tickets at a place of the answer, None where there is none."""
+        size = place.stop - place.start
+        reply = self.answer.reply
+        if not isinstance(reply, wire.Reserved):
+            return [None] * size
+        blob = reply.tickets[8 * place.start : 8 * place.stop]
+        if len(blob) != 8 * size:
+            log_once(_log, "tickets", "the agent granted %d bytes of tickets for %d", len(blob), size)
+            return [None] * size
+        above = self.answer.epoch << 63
+        return [
+            None if number == wire.NO_TICKET else above | number for number in wire.unpack_numbers(blob, "Q")
+        ]
+
+
+class _Pending:
+    __slots__ = ("_batch", "_over", "_owner", "_run", "_size")
+
+    def __init__(self, owner: Reservations, batch: _Batch, run: int, size: int) -> None:
+        self._owner = owner
+        self._batch = batch
+        self._run = run
+        self._size = size
+        # Whoever has waited in vain takes no tickets that come later: they are given up as untaken.
+        self._over = False
+
+    def take(self, wait: bool = False) -> list[int | None] | None:
+        """Return the tickets; see `Reservation.take`."""
+        batch = self._batch
+        if not self._over and self._owner.look(batch.answer, wait) is None and self._run in batch.runs:
+            self._over = wait
+            return [None] * self._size if wait else None
+        place = None if self._over else batch.runs.pop(self._run, None)
+        return [None] * self._size if place is None else batch.tickets(place)
+
+
+class Reservations:
+    """Asks the agent for slots, in one message for all runs of a call.
+
+    Args:
+        link: The connection.
+        counters: Where to count.
+        patience: Seconds that `take` may wait.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self, link: Link, counters: Counters, patience: Callable[[], float], clock: Callable[[], float]
+    ) -> None:
+        self._link = link
+        self._counters = counters
+        self._patience = patience
+        self._clock = clock
+        self._batches: deque[_Batch] = deque()
+
+    def ask(self, runs: Sequence[Run]) -> list[Reservation]:
+        """Ask for the slots of several runs."""
+        if sum(len(run.hashes) for run in runs) > wire.MAX_BLOCKS:
+            half = len(runs) // 2
+            if not half:
+                return [Granted([None] * len(run.hashes)) for run in runs]
+            return self.ask(runs[:half]) + self.ask(runs[half:])
+        request = wire.Reserve(0, 0, [(parent, first, b"".join(hashes)) for parent, first, hashes in runs])
+        answer = self._link.ask(request)
+        if answer is None:
+            self._counters.add("client_missed_reservations")
+            return [Granted([None] * len(run.hashes)) for run in runs]
+        sizes = [len(run.hashes) for run in runs]
+        batch = _Batch(answer, self._clock(), sizes)
+        self._batches.append(batch)
+        return [_Pending(self, batch, run, size) for run, size in enumerate(sizes)]
+
+    def look(self, answer: Answer, wait: bool) -> wire.AnyReply | None:
+        """Return the agent's answer if it is here."""
+        return answer.reply or self._link.look(answer, self._patience() if wait else 0.0)
+
+    def expire(self) -> None:
+        """Give up the tickets that nobody has taken in time; for one thread."""
+        oldest = self._clock() - RESERVED_SECONDS
+        while self._batches and self._batches[0].since <= oldest:
+            batch = self._batches.popleft()
+            places = [place for run in list(batch.runs) if (place := batch.runs.pop(run, None))]
+            if not places:
+                continue
+            self._counters.add("client_untaken_reservations", len(places))
+            if self._link.renounce(batch.answer) is None:
+                continue
+            untaken = [ticket for place in places for ticket in batch.tickets(place) if ticket is not None]
+            numbers = wire.pack_numbers([ticket & (1 << 63) - 1 for ticket in untaken], "Q")
+            self._link.post(wire.Abort(0, 0, numbers, -1), batch.answer.epoch)
