@@ -97,6 +97,8 @@ class FakeBucket:
         requests: Every request so far: kind and key.
         before: Called with kind and key before each request; may raise or wait.
         conditional: Whether a PUT leaves an object alone that is there already.
+        modified: When each object was written, by the server's clock.
+        clock: The server's clock, in seconds.
     """
 
     def __init__(self) -> None:
@@ -104,6 +106,8 @@ class FakeBucket:
         self.requests: list[tuple[str, str]] = []
         self.before: Callable[[str, str], None] = lambda kind, key: None
         self.conditional = True
+        self.modified: dict[str, float] = {}
+        self.clock: Callable[[], float] = time.time
         self._lock = threading.Lock()
 
     def get_range(self, key: str, offset: int, into: memoryview) -> None:
@@ -127,18 +131,25 @@ class FakeBucket:
             if self.conditional and key in self.objects:
                 return False
             self.objects[key] = body
+            self.modified[key] = self.clock()
             return True
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
         self._note("list", prefix)
         with self._lock:
             found = {key: len(body) for key, body in self.objects.items() if key.startswith(prefix)}
-        return iter(ListedObject(key, found[key]) for key in sorted(found) if key > start_after)
+        times = dict(self.modified)
+        return iter(
+            ListedObject(key, found[key], times.get(key, 0.0)) for key in sorted(found) if key > start_after
+        )
 
     def delete(self, key: str) -> None:
         self._note("delete", key)
         with self._lock:
             self.objects.pop(key, None)
+
+    def server_time(self) -> float:
+        return self.clock()
 
     def close(self) -> None:
         pass

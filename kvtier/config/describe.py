@@ -27,6 +27,8 @@ def describe(config: Config) -> list[str]:
         _describe_disk(config.disk) if config.disk else ["disk: none; nothing is kept on this node's disk."]
     )
     lines += _describe_s3(config.s3) if config.s3 else ["s3: none; nothing is shared with other nodes."]
+    if config.s3 and config.s3.warm_on_start and not config.disk:
+        lines.append("warning: s3.warm_on_start does nothing without a section disk, which it fills.")
     if config.disk or config.s3:
         wait, flush = format_duration(config.lookup_wait), format_duration(config.flush_timeout)
         lines += [
@@ -76,9 +78,24 @@ def _describe_s3(s3: S3Config) -> list[str]:
         f"that names the same; credentials from {keys}.",
         f"s3: up to {s3.concurrency} requests at once; {connect} without a connection or {read} without a "
         f"byte make a miss; other nodes' blocks are looked for every {format_duration(s3.index_refresh)}.",
+        f"s3: {_describe_lifecycle(s3)}",
     ]
+    if s3.warm_on_start:
+        size = format_size(s3.warm_on_start)
+        lines.append(f"s3: at the start, up to {size} of the most used blocks are brought to the disk.")
     try:
         s3.credentials()
     except ConfigError as error:
         lines.append(f"warning: {error}.")
     return lines
+
+
+def _describe_lifecycle(s3: S3Config) -> str:
+    if s3.ttl is None and s3.quota is None:
+        return "what is stored stays: neither s3.ttl nor s3.quota says otherwise."
+    limits = []
+    if s3.ttl is not None:
+        limits.append(f"was not used for {format_duration(s3.ttl)}")
+    if s3.quota is not None:
+        limits.append(f"is least recently used and too much for {format_size(s3.quota)}")
+    return f"deleted is what {' or '.join(limits)}, all below {s3.prefix}/ together."

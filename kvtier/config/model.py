@@ -76,6 +76,10 @@ class S3Config(_Section):
         index_refresh: Seconds between looks for index segments of other nodes.
         concurrency: Requests under way at once.
         transport: Client that moves the data: "http" (kvtier's own) or "boto3".
+        ttl: Seconds without a use after which what is stored is deleted; None: never.
+        quota: Bytes that may be stored below the prefix; beyond them the least recently used go; None: any.
+        warm_on_start: Bytes of the most used blocks that are brought to the local disk at the start; None:
+            nothing.
     """
 
     bucket: Annotated[str, rules.BUCKET] = Field(description="Name of the bucket.")
@@ -106,6 +110,15 @@ class S3Config(_Section):
     )
     transport: Annotated[str, rules.TRANSPORT] = Field(
         default="http", description="Client that moves the data: kvtier's own (http), or boto3."
+    )
+    ttl: Annotated[float, rules.duration("10m", "100000h")] | None = Field(
+        default=None, description="Time without a use after which what is stored is deleted."
+    )
+    quota: Annotated[int, rules.SIZE] | None = Field(
+        default=None, description="Bytes that may be stored below the prefix; any number without it."
+    )
+    warm_on_start: Annotated[int, rules.SIZE] | None = Field(
+        default=None, description="Bytes of the most used blocks that are brought to the disk at the start."
     )
 
     @model_validator(mode="after")

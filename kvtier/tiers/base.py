@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -78,4 +78,13 @@ class Tier(Protocol):
 
     def close(self, timeout: float = 10.0) -> None:
         """Flush within `timeout` seconds and free everything; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class NotesUse(Protocol):
+    """A tier that wants to hear of hits in all tiers: what is never read from it may still be in use."""
+
+    def note_use(self, block_hash: bytes) -> None:
+        """Note a hit by its last block: those before it in the chain were used too. Takes microseconds."""
         ...

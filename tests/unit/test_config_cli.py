@@ -101,6 +101,21 @@ def test_description_of_a_bucket_and_its_warnings(tmp_path: Path, monkeypatch: p
     assert "KV_UNSET is not set" in warnings[1]
 
 
+def test_description_of_what_is_deleted_and_warmed(tmp_path: Path) -> None:
+    settings = {"bucket": "abc", "ttl": "720h", "quota": "2TiB", "warm_on_start": "1GiB"}
+    memory, disk = {"size": "1MiB"}, {"path": str(tmp_path), "size": "2MiB"}
+    lines = describe(parse_config({"memory": memory, "disk": disk, "s3": settings}))
+    (deleted,) = [line for line in lines if "deleted" in line]
+    assert "720h" in deleted
+    assert "2TiB" in deleted
+    assert any("1GiB of the most used blocks" in line for line in lines)
+    assert not any(line.startswith("warning: s3.warm") for line in lines)
+    lines = describe(parse_config({"memory": memory, "s3": settings}))
+    assert any(line.startswith("warning: s3.warm_on_start") for line in lines)
+    lines = describe(parse_config({"memory": memory, "s3": {"bucket": "abc"}}))
+    assert any("what is stored stays" in line for line in lines)
+
+
 def test_description_of_memory_alone() -> None:
     lines = describe(parse_config({"memory": {"size": "1MiB"}}))
     assert any(line.startswith("warning: with neither disk nor s3") for line in lines)

@@ -121,7 +121,7 @@ def s3(line: str) -> str:
             "4: s3.lookup_wait: is no known key; .*did you mean lookup_wait at the top level\\?",
         ),
         (s3("endpont: x"), "4: s3.endpont: is no known key; allowed: bucket, .*; did you mean endpoint\\?"),
-        (s3("qwerty: x"), "4: s3.qwerty: is no known key; allowed: bucket, .*, transport$"),
+        (s3("qwerty: x"), "4: s3.qwerty: is no known key; allowed: bucket, .*, warm_on_start$"),
         (f"{MEMORY}7: x", "2: 7: is no known key; allowed: memory, disk, s3, agent, .*, flush_timeout$"),
         ("- memory\n", r' is \["memory"\]; allowed: the sections memory, disk, s3 and agent'),
         ("4GiB\n", ' is "4GiB"; allowed: the sections memory, disk, s3 and agent'),

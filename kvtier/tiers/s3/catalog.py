@@ -26,6 +26,7 @@ from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer
 from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import MAX_SEGMENT_BYTES, read_segment, write_segments
+from kvtier.tiers.s3.tombstone import MAX_TOMBSTONE_BYTES, Tombstone, free_salt, read_tombstone
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -45,6 +46,8 @@ _WIDE_POLL_SECONDS = 60.0
 _COMPACT_SECONDS = (600.0, 1800.0)
 """Compaction is thought of about so often; each node at times of its own."""
 _MAX_NAMESPACE_BYTES = 1 << 20
+_MAX_CONDEMNED = 262_144
+"""Names of condemned packs that are remembered; the oldest are long deleted."""
 
 
 class Catalog:
@@ -97,6 +100,7 @@ class Catalog:
         self._newest = 0
         self._seen_lock = threading.Lock()
         self._seen: set[str] = set()
+        self._condemned: dict[bytes, bytes] = {}
         self._rebuild_at: float | None = None
         self._rebuild_pause = _REBUILD_PAUSE[0]
         self._compactor = Compactor(bucket, keys, namespace.id, max_block_bytes, counters)
@@ -146,6 +150,11 @@ class Catalog:
             with self._seen_lock:
                 self._seen.add(key)
             self._counters.add("index_segments_written")
+
+    def salt_for(self, hashes: Sequence[bytes]) -> bytes:
+        """Return the salt of the name to store a pack of these blocks under; see `free_salt`."""
+        with self._seen_lock:
+            return free_salt(hashes, self._condemned)
 
     def read_pack(self, name: bytes) -> Pack:
         """Read a pack's footer from the bucket.
@@ -269,28 +278,50 @@ class Catalog:
 
         With `again` those seen before too; a corrupt one then starts no rebuild, the caller being at it.
         """
-        segments = [item for item in listing if self._keys.segment_time(item.key) is not None]
+        segments = [item for item in listing if self._keys.index_time(item.key) is not None]
         with self._seen_lock:
             chosen = [item for item in segments if again or item.key not in self._seen]
         names: set[bytes] = set()
-        for item, packs in zip(chosen, self._map(self._load_segment, chosen), strict=True):
-            if packs is not None:
-                self._index.add(packs)
-                names.update(packs.names())
+        for item, found in zip(chosen, self._map(self._load_one, chosen), strict=True):
+            if isinstance(found, Tombstone):
+                # Not lost, though no segment may list them: they are to be deleted.
+                names.update(found.names)
+                self._bury(found, self._keys.tombstone_salt(item.key) or b"")
+            elif found is not None:
+                self._enter(found)
+                names.update(found.names())
             elif not again:
                 self._rebuild_at = time.monotonic()
             with self._seen_lock:
                 self._seen.add(item.key)
-            self._newest = max(self._newest, self._keys.segment_time(item.key) or 0)
+            self._newest = max(self._newest, self._keys.index_time(item.key) or 0)
         return names
 
-    def _load_segment(self, item: ListedObject) -> PackTable | None:
-        """Read one segment; None if it cannot be used."""
+    def _enter(self, packs: PackTable) -> None:
+        self._index.add(packs)
+        with self._seen_lock:
+            if self._condemned:
+                for name in packs.names():
+                    self._condemned.pop(name, None)
+
+    def _bury(self, tombstone: Tombstone, salt: bytes) -> None:
+        with self._seen_lock:
+            self._condemned.update(dict.fromkeys(tombstone.names, salt))
+            for name in list(islice(self._condemned, max(0, len(self._condemned) - _MAX_CONDEMNED))):
+                del self._condemned[name]
+        self._index.forget_named(tombstone.names)
+        self._counters.add("packs_condemned", len(tombstone.names))
+
+    def _load_one(self, item: ListedObject) -> PackTable | Tombstone | None:
+        """Read one segment or tombstone; None if it cannot be used."""
+        buries = self._keys.tombstone_salt(item.key) is not None
         try:
-            if not 0 < item.size <= MAX_SEGMENT_BYTES:
+            if not 0 < item.size <= (MAX_TOMBSTONE_BYTES if buries else MAX_SEGMENT_BYTES):
                 raise CorruptBlock(f"an index segment of {item.size} bytes")
             data = bytearray(item.size)
             self._bucket.get_range(item.key, 0, memoryview(data))
+            if buries:
+                return read_tombstone(data, self._namespace.id)
             packs = read_segment(data, self._namespace.id, self._max_block_bytes)
         except ObjectMissing:
             # Compacted away between the listing and now.

@@ -20,6 +20,7 @@ from kvtier.tiers.s3.bucket import Bucket, ListedObject, ObjectMissing
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import MAX_SEGMENT_BYTES, read_segment, write_segments
+from kvtier.tiers.s3.tombstone import MAX_TOMBSTONE_BYTES, Tombstone, read_tombstone
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _SETTLED = 120 * _SECOND
 """Younger segments are left alone: others are just about to read them."""
 GRACE = 3600 * _SECOND
 """How long small segments stay beside the large one; S3 allows clocks to differ by a quarter of it."""
+_GRAVE_AGE = 2 * GRACE
+"""Younger tombstones are kept: nodes must not take what they name for packs that no segment lists."""
 _CLAIM_SECONDS = 3600
 _MAX_RECORD_BYTES = 16 << 20
 
@@ -80,26 +83,35 @@ class Compactor:
 
     def _compact(self) -> None:
         settled = self._clock() - _SETTLED
-        small = [
+        items = [
             item
             for item in self._bucket.list(self._keys.index)
-            if item.size <= SMALL_BYTES and (self._keys.segment_time(item.key) or settled) < settled
+            if (self._keys.index_time(item.key) or settled) < settled
         ]
-        if len(small) < FEWEST_SEGMENTS or not self._claim():
+        if sum(item.size <= SMALL_BYTES for item in items) < FEWEST_SEGMENTS or not self._claim():
             return
+        graves = {
+            item.key
+            for item in items
+            if self._keys.tombstone_salt(item.key) is not None
+            and (self._keys.index_time(item.key) or 0) < self._clock() - _GRAVE_AGE
+        }
+        # Before a tombstone may go, every segment that may list what it names must be written anew.
+        chosen = [item for item in items if graves or item.size <= SMALL_BYTES]
         # What is corrupt stays: whoever meets it rebuilds the index from the packs.
-        read = [(item, packs) for item in small if (packs := self._read(item)) is not None]
-        if len(read) < FEWEST_SEGMENTS:
+        read = [(item, found) for item in chosen if (found := self._read(item)) is not None]
+        replaced = [item for item, found in read if item.key in graves or not isinstance(found, Tombstone)]
+        if len(replaced) < FEWEST_SEGMENTS:
             return
         # They sort right behind the newest of what they replace: what was written later still comes later.
-        newest = max(self._keys.segment_time(item.key) or 0 for item, _ in read)
+        newest = max(self._keys.index_time(item.key) or 0 for item in replaced)
         large = []
-        for body in write_segments(_latest([packs for _, packs in read]), self._namespace):
+        for body in write_segments(_latest([found for _, found in read]), self._namespace):
             large.append(self._keys.new_segment(newest + 1))
             self._bucket.put(large[-1], body)
-        record = {"large": large, "small": [item.key for item, _ in read]}
+        record = {"large": large, "small": [item.key for item in replaced]}
         self._bucket.put(self._keys.new_compaction(self._clock()), json.dumps(record).encode())
-        self._counters.add("index_segments_compacted", len(read))
+        self._counters.add("index_segments_compacted", len(replaced))
 
     def _claim(self) -> bool:
         hour = self._clock() // _SECOND // _CLAIM_SECONDS
@@ -136,7 +148,7 @@ class Compactor:
         if not isinstance(large, list) or not isinstance(small, list):
             return (), ()
         # A record names segments of this namespace, or nothing that we touch.
-        times = [self._keys.segment_time(key) if isinstance(key, str) else None for key in large + small]
+        times = [self._keys.index_time(key) if isinstance(key, str) else None for key in large + small]
         known = None not in times and not set(large) & set(small)
         return (large, small) if large and known else ((), ())
 
@@ -144,12 +156,15 @@ class Compactor:
         found = [item for item in self._bucket.list(key) if item.key == key]
         return bool(found) and self._read(found[0]) is not None
 
-    def _read(self, item: ListedObject) -> PackTable | None:
+    def _read(self, item: ListedObject) -> PackTable | Tombstone | None:
+        buries = self._keys.tombstone_salt(item.key) is not None
         try:
-            if not 0 < item.size <= MAX_SEGMENT_BYTES:
+            if not 0 < item.size <= (MAX_TOMBSTONE_BYTES if buries else MAX_SEGMENT_BYTES):
                 return None
             data = bytearray(item.size)
             self._bucket.get_range(item.key, 0, memoryview(data))
+            if buries:
+                return read_tombstone(data, self._namespace)
             return read_segment(data, self._namespace, self._max_block_bytes)
         except (ObjectMissing, CorruptBlock):
             return None
@@ -163,8 +178,17 @@ def compact_quietly(compactor: Compactor) -> None:
         log_once(_logger, "failed", "index segments could not be compacted: %s", error)
 
 
-def _latest(tables: Sequence[PackTable]) -> PackTable:
-    """Join tables in order; of two entries for one pack the later one holds."""
-    table = PackTable.join(tables)
-    places = {name: place for place, name in enumerate(table.names())}
-    return table.take(sorted(places.values()))
+def _latest(found: Sequence[PackTable | Tombstone]) -> PackTable:
+    """Join tables in order; of two entries for one pack the later one holds, if no tombstone follows."""
+    places: dict[bytes, int] = {}
+    tables: list[PackTable] = []
+    start = 0
+    for table in found:
+        if isinstance(table, Tombstone):
+            for name in table.names:
+                places.pop(name, None)
+        else:
+            places.update({name: place for place, name in enumerate(table.names(), start)})
+            tables.append(table)
+            start += len(table)
+    return PackTable.join(tables).take(sorted(places.values()))

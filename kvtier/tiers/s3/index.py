@@ -112,6 +112,15 @@ class BlockIndex:
         with self._lock:
             return list(self._names)
 
+    def packs(self) -> tuple[PackTable, Array]:
+        """Return all packs in the order in which they were listed, and how many blocks each is read for."""
+        with self._lock:
+            places = sorted(self._names.values())
+            columns = self._columns
+            rows = columns.slots[columns.slots > 0] - 1
+            served = np.bincount(columns.owners[rows], minlength=self._used_packs)
+            return (self._table(places) if places else PackTable.of([])), served[places]
+
     def add(self, packs: PackTable | Iterable[Pack]) -> None:
         """Add packs. One that is known under the same name replaces what was known if it differs.
 

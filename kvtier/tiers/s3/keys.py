@@ -10,6 +10,8 @@ from kvtier.hashing import HASH_BYTES
 _NAME = re.compile(r"[0-9a-f]{32}\.kvp")
 _COMPACTION = re.compile(r"([0-9]{20})-[0-9a-f]{16}\.json")
 _SEGMENT = re.compile(r"([0-9]{20})-[0-9a-f]{16}\.kvi")
+_TOMBSTONE = re.compile(r"([0-9]{20})-([0-9a-f]{16})\.kvt")
+_HEAT = re.compile(r"[0-9]{20}-[0-9a-f]{16}\.kvh")
 
 
 class Keys:
@@ -20,6 +22,7 @@ class Keys:
         packs: What the keys of all packs begin with.
         index: What the keys of all index segments begin with.
         compactions: What the keys of all records of compactions begin with.
+        heat: What the keys of all summaries of accesses begin with.
     """
 
     def __init__(self, prefix: str, namespace_hex: str):
@@ -29,6 +32,7 @@ class Keys:
         self.packs = f"{root}/packs/"
         self.index = f"{root}/index/"
         self.compactions = f"{root}/compacted/"
+        self.heat = f"{root}/heat/"
 
     def pack(self, name: bytes) -> str:
         """Return the key of a pack; its first two digits spread packs over key prefixes."""
@@ -55,6 +59,28 @@ class Keys:
         """Return when a segment says that it was written, in nanoseconds; None if `key` is no segment's."""
         match = _SEGMENT.fullmatch(key[len(self.index) :]) if key.startswith(self.index) else None
         return int(match[1]) if match else None
+
+    def new_tombstone(self, time_ns: int) -> str:
+        """Return a fresh key for a tombstone written at `time_ns`; it sorts among the segments."""
+        return f"{self.segments_from(time_ns)}-{secrets.token_hex(8)}.kvt"
+
+    def index_time(self, key: str) -> int | None:
+        """Return when a segment or tombstone says that it was written; None if `key` is of neither."""
+        match = _TOMBSTONE.fullmatch(key.removeprefix(self.index))
+        return int(match[1]) if match else self.segment_time(key)
+
+    def tombstone_salt(self, key: str) -> bytes | None:
+        """Return the random part of a tombstone's key, 8 bytes; None if `key` is of something else."""
+        match = _TOMBSTONE.fullmatch(key.removeprefix(self.index))
+        return bytes.fromhex(match[2]) if match else None
+
+    def new_heat(self, time_ns: int) -> str:
+        """Return a fresh key for a summary of accesses."""
+        return f"{self.heat}{max(0, time_ns):020d}-{secrets.token_hex(8)}.kvh"
+
+    def is_heat(self, key: str) -> bool:
+        """Tell whether `key` is of a summary of accesses."""
+        return _HEAT.fullmatch(key.removeprefix(self.heat)) is not None
 
     def new_compaction(self, time_ns: int) -> str:
         """Return a fresh key for the record of a compaction."""

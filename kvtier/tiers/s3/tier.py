@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 from kvtier._counters import Counters
@@ -18,6 +19,7 @@ from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.open_bucket import open_bucket
 from kvtier.tiers.s3.pack import window_blocks, window_bytes
 from kvtier.tiers.s3.reader import BlockReader
+from kvtier.tiers.s3.upkeep import Upkeep
 from kvtier.tiers.s3.uploader import Uploader
 
 _UPLOADS = 8
@@ -51,6 +53,7 @@ class S3Tier:
         pending_limit: int | None = None,
         longest_pause: float = _LONGEST_PAUSE_SECONDS,
         pack_delay: float = _PACK_DELAY_SECONDS,
+        upkeep: bool = True,
     ):
         """Start the tier. Nothing here waits for the network or fails because of it.
 
@@ -63,6 +66,7 @@ class S3Tier:
             pending_limit: Bytes that may wait for upload; None for eight packs, or 256 MiB if that is more.
             longest_pause: Seconds between attempts at a bucket that does not answer, at most.
             pack_delay: Seconds after its last block until an incomplete pack is uploaded.
+            upkeep: Whether to note accesses in the bucket and collect garbage, in the background.
         """
         self._counters = Counters()
         self._bucket = bucket or open_bucket(config, self._counters)
@@ -107,8 +111,21 @@ class S3Tier:
             pack_delay=pack_delay,
             threads=min(_UPLOADS, config.concurrency),
         )
+        self._upkeep = Upkeep(
+            self._bucket,
+            keys,
+            config.prefix,
+            namespace.id,
+            self._writing,
+            self._counters,
+            ttl=config.ttl,
+            quota=config.quota,
+            window=window_blocks(layout),
+        )
         self._closed = False
         self._catalog.start()
+        if upkeep:
+            self._upkeep.start()
 
     def match(self, hashes: Sequence[bytes]) -> int:
         """Return the length of the longest leading run that the index knows; from memory, without I/O."""
@@ -127,6 +144,10 @@ class S3Tier:
     def discard(self, hashes: Sequence[bytes]) -> None:
         """Refuse these blocks where they lie now, for as long as this process lives; deletes no object."""
         self._index.quarantine(hashes)
+
+    def note_use(self, block_hash: bytes) -> None:
+        """Note a hit, in whatever tier, by its last block; see `NotesUse`."""
+        self._upkeep.heat.note(block_hash)
 
     def flush(self, timeout: float) -> bool:
         """Upload and publish what was written; False if some of it is not there after `timeout` seconds."""
@@ -183,7 +204,9 @@ class S3Tier:
         if self._closed:
             return
         self._closed = True
+        deadline = time.monotonic() + timeout
         self._uploader.close(timeout)
+        self._upkeep.close(max(0.0, deadline - time.monotonic()))
         self._catalog.close()
         self._reader.close()
         self._bucket.close()

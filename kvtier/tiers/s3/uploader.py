@@ -269,6 +269,7 @@ class Uploader:
 
     def _store(self, job: PackJob) -> Pack:
         """Bring one pack into the bucket and say what is there."""
+        job.salt = job.salt or self._catalog.salt_for([block.hash for block in job.blocks])
         body, pack = write_pack(job.blocks, self._namespace, job.salt)
         if self._bucket.put(self._keys.pack(pack.name), body):
             self._counters.add("packs_uploaded")

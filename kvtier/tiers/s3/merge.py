@@ -1,0 +1,110 @@
+"""Merging short packs: the ends of requests, once their chain has gone on beyond the next cut.
+
+A merged pack has another name than those that it is made of, and holds the same bytes. Readers prefer it once
+they have heard of it; the short ones are superseded then, and go like other garbage. Whoever dies anywhere
+leaves a pack that no segment lists yet, which is found by its footer, or packs that hold the same twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from kvtier.errors import CorruptBlock
+from kvtier.tiers.base import Buffer, StoredBlock
+from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
+from kvtier.tiers.s3.lifecycle import StoredPack
+from kvtier.tiers.s3.namespaces import MAX_PAYLOAD_BYTES
+from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer, write_pack
+from kvtier.tiers.s3.survey import SETTLED_SECONDS, Survey
+from kvtier.tiers.s3.tombstone import free_salt
+
+Verify = Callable[[Buffer, bytes, bytes], None]
+"""Takes an encoded block, its hash and its namespace; raises CorruptBlock."""
+
+
+def find_runs(packs: Iterable[StoredPack], window: int, settled: float) -> list[list[StoredPack]]:
+    """Find consecutive short packs that end together at a cut, and that nothing but each other follows.
+
+    Where chains part, the part that they share stays a pack of its own: merged into each of them it would
+    be stored once for each.
+
+    Args:
+        packs: Packs of one namespace that are read from.
+        window: Blocks of a whole pack.
+        settled: Younger packs are left alone, seconds since 1970 by the server's clock.
+
+    Returns:
+        Runs of two and more packs in the chain's order, each within one window.
+    """
+    followers: dict[bytes, list[StoredPack]] = {}
+    for pack in packs:
+        if pack.position % window:
+            followers.setdefault(pack.before, []).append(pack)
+
+    def only_follower(pack: StoredPack) -> StoredPack | None:
+        following = followers.get(pack.last, [])
+        fits = len(following) == 1 and following[0].position == pack.position + pack.count
+        return following[0] if fits and (pack.position + pack.count) % window else None
+
+    follower_of = {pack: following for pack in packs if (following := only_follower(pack)) is not None}
+    led = set(follower_of.values())
+    runs = []
+    for pack in follower_of:
+        if pack in led:
+            continue
+        run = [pack]
+        while (following := follower_of.get(run[-1])) is not None:
+            run.append(following)
+        whole = (run[-1].position + run[-1].count) % window == 0 and sum(part.count for part in run) <= window
+        if whole and all(pack.modified < settled for pack in run):
+            runs.append(run)
+    return runs
+
+
+def mergeable(survey: Survey, window: int, leaving: Iterable[StoredPack]) -> list[list[StoredPack]]:
+    """Return the runs of a namespace that are worth merging, those that are `leaving` left out."""
+    out = set(leaving)
+    staying = [pack for pack in survey.packs.values() if not pack.superseded and pack not in out]
+    return find_runs(staying, window, survey.taken - SETTLED_SECONDS)
+
+
+def merge(bucket: Bucket, survey: Survey, run: Sequence[StoredPack], verify: Verify) -> Pack | None:
+    """Write one pack that holds what those of a run hold; nobody knows of it yet.
+
+    Returns:
+        The pack; None if a part is gone, or corrupt: then all stays as it is.
+
+    Raises:
+        TierError: The bucket does not answer or refuses.
+    """
+    namespace = bytes.fromhex(survey.name)
+    blocks: list[StoredBlock] = []
+    try:
+        for part in run:
+            blocks += _read(bucket, survey, part)
+        for block in blocks:
+            verify(block.payload, block.hash, namespace)
+        salt = free_salt([block.hash for block in blocks], survey.salts)
+        body, pack = write_pack(blocks, namespace, salt)
+        if bucket.put(survey.keys.pack(pack.name), body):
+            return pack
+        tail, size = bucket.get_tail(survey.keys.pack(pack.name), MAX_TAIL_BYTES)
+        return read_footer(tail, size, pack.name, namespace, MAX_PAYLOAD_BYTES)
+    except (ObjectMissing, CorruptBlock):
+        return None
+
+
+def _read(bucket: Bucket, survey: Survey, part: StoredPack) -> list[StoredBlock]:
+    pack = survey.index.pack(part.name)
+    if pack is None:
+        raise ObjectMissing(survey.keys.pack(part.name))
+    start = pack.offsets[0]
+    data = memoryview(bytearray(pack.offsets[-1] + pack.lengths[-1] - start))
+    bucket.get_range(survey.keys.pack(pack.name), start, data)
+    parents = (pack.parent, *pack.hashes[:-1])
+    return [
+        StoredBlock(block, parent, pack.position + place, data[offset - start : offset - start + length])
+        for place, (block, parent, offset, length) in enumerate(
+            zip(pack.hashes, parents, pack.offsets, pack.lengths, strict=True)
+        )
+    ]
