@@ -10,9 +10,9 @@ from typing import Any
 from kvtier.errors import LayoutError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
-from kvtier.trtllm.fields import as_int, as_plain, as_text, dig
+from kvtier.trtllm.fields import as_int, as_list, as_plain, as_text, dig
 from kvtier.trtllm.interface import world_size
-from kvtier.trtllm.weights import model_config, model_facts
+from kvtier.trtllm.weights import model_config, model_facts, private_facts
 
 DEFAULT_TOKENS_PER_BLOCK = 32
 """The engine's own default."""
@@ -42,6 +42,9 @@ class EngineFacts:
         plain_ranks: No pipeline or context parallelism: every rank has all layers of its heads.
         host_cache_bytes: Size of the engine's own host and disk tiers below the GPU.
         attention_layers: Layers with a KV cache, None where not known for certain.
+        window: Tokens of the sliding window that the KV cache is limited to, None without one.
+        head_elements: Elements of one token's keys (or values) in one layer of one rank, None if not known.
+        latent_elements: The same of a token's latent, for models with MLA.
     """
 
     model: Mapping[str, Any]
@@ -52,6 +55,9 @@ class EngineFacts:
     plain_ranks: bool
     host_cache_bytes: int
     attention_layers: int | None
+    window: int | None
+    head_elements: int | None
+    latent_elements: int | None
     model_dtype: str | None = field(compare=False)
 
     @classmethod
@@ -65,19 +71,24 @@ class EngineFacts:
             world_size(),
         )
         others = [as_int(dig(llm_args, f"{kind}_parallel_size")) or 1 for kind in ("pipeline", "context")]
-        identity = model_facts(model, revision)
+        dummy = (as_text(dig(llm_args, "load_format")) or "").lower() == "dummy"
+        # Random weights, whatever the model's files say.
+        identity = private_facts(model) if dummy else model_facts(model, revision)
         tiers = [
             as_int(dig(llm_args, "kv_cache_config", f"{kind}_cache_size")) or 0 for kind in ("host", "disk")
         ]
         return cls(
             model=identity,
-            numerics=_numerics(llm_args),
+            numerics=_numerics(llm_args, config),
             tokens_per_block=as_int(dig(llm_args, "kv_cache_config", "tokens_per_block")),
             kv_dtype=_kv_dtype(llm_args, identity),
             ranks=max(1, *(known or 1 for known in ranks)),
             plain_ranks=max(others) == 1,
             host_cache_bytes=sum(tiers),
             attention_layers=_attention_layers(config),
+            window=_window(llm_args),
+            head_elements=_head_elements(config, llm_args),
+            latent_elements=_latent_elements(config),
             model_dtype=as_text(config.get("torch_dtype") or config.get("dtype")),
         )
 
@@ -137,13 +148,18 @@ def _kv_dtype(llm_args: object, model: Mapping[str, Any]) -> str | None:
     return torch_name(algorithm) if algorithm else None
 
 
-def _numerics(llm_args: object) -> dict[str, Any]:
+def _numerics(llm_args: object, config: Mapping[str, Any]) -> dict[str, Any]:
     """Collect arguments that change what a block's bytes are: values, or their order inside a row."""
+    rope = str([config.get("rope_scaling"), config.get("rope_parameters"), dig(llm_args, "model_kwargs")])
+    by_length = any(f"'{kind}'" in rope for kind in ("longrope", "su", "dynamic"))
     given = {
         "dtype": as_text(dig(llm_args, "dtype")),
         "attention_backend": as_text(dig(llm_args, "attn_backend")),
         "quantization": as_text(dig(llm_args, "quant_config", "quant_algo")),
         "model_kwargs": as_plain(dig(llm_args, "model_kwargs")),
+        "window": _window(llm_args),
+        # Some kinds of RoPE choose their factors by it.
+        "max_seq_len": as_int(dig(llm_args, "max_seq_len")) if by_length else None,
         "sparse_attention": as_text(dig(llm_args, "sparse_attention_config", "algorithm")),
     }
     return {name: value for name, value in given.items() if value is not None and value != "auto"}
@@ -162,3 +178,30 @@ def _attention_layers(config: Mapping[str, Any]) -> int | None:
         "mamba_d_state",
     )
     return None if any(key in config for key in mixed) else layers
+
+
+def _window(llm_args: object) -> int | None:
+    """Return the shortest window of the KV cache, unless no sequence can be longer."""
+    windows = [
+        as_int(window) for window in as_list(dig(llm_args, "kv_cache_config", "max_attention_window")) or ()
+    ]
+    shortest = min((window for window in windows if window is not None), default=None)
+    longest = as_int(dig(llm_args, "max_seq_len"))
+    return None if shortest is None or (longest is not None and longest <= shortest) else shortest
+
+
+def _head_elements(config: Mapping[str, Any], llm_args: object) -> int | None:
+    heads = as_int(config.get("num_attention_heads"))
+    kv_heads = as_int(config.get("num_key_value_heads")) or heads
+    size, hidden = as_int(config.get("head_dim")), as_int(config.get("hidden_size"))
+    if size is None and hidden and heads:
+        size = hidden // heads
+    ranks = as_int(dig(llm_args, "tensor_parallel_size"))
+    if not size or not kv_heads or not ranks or dig(llm_args, "enable_attention_dp") is True:
+        return None
+    return -(-kv_heads // ranks) * size
+
+
+def _latent_elements(config: Mapping[str, Any]) -> int | None:
+    latent, rope = as_int(config.get("kv_lora_rank")), as_int(config.get("qk_rope_head_dim"))
+    return latent + rope if latent and rope else None

@@ -57,8 +57,7 @@ class FlatPool:
         Raises:
             LayoutError: The pool is refused; the message says why.
         """
-        tokens_per_block = engine.tokens_per_block or DEFAULT_TOKENS_PER_BLOCK
-        _check_flat(tensor, tokens_per_block, engine)
+        tokens_per_block = _check_flat(tensor, engine)
         _, layers, kv_factor, row = tensor.shape
         self.layout = BlockLayout(_name(tensor.dtype), tokens_per_block, layers, kv_factor, row)
         self.groups: tuple[PageGroup, ...] = (PageGroup(0),)
@@ -104,7 +103,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_flat(tensor: torch.Tensor, tokens_per_block: int, engine: EngineFacts) -> None:
+def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> int:
+    """Return the tokens per block of a pool that is supported, and refuse any other."""
     engine.refuse_unsupported()
     if tensor.dim() != 4:
         raise LayoutError(
@@ -124,10 +124,26 @@ def _check_flat(tensor: torch.Tensor, tokens_per_block: int, engine: EngineFacts
             f"the KV pool holds {layers} layers, the model has {engine.attention_layers} with attention:"
             " layers of different shape (variable GQA) lie in pools that a connector is not given"
         )
+    if engine.window is not None:
+        raise LayoutError(
+            f"kv_cache_config.max_attention_window is {engine.window}: which pages it has passed is not told"
+            " for this kind of pool; leave it out, or use KV cache manager V2"
+        )
+    tokens_per_block = engine.tokens_per_block or DEFAULT_TOKENS_PER_BLOCK
+    elements = engine.latent_elements if kv_factor == 1 else engine.head_elements
+    if elements and row % elements == 0 and row != tokens_per_block * elements:
+        if kv_factor == 2:
+            raise LayoutError(
+                f"a row of the KV pool holds {row // elements} tokens of {elements} elements,"
+                f" kv_cache_config.tokens_per_block says {tokens_per_block}"
+            )
+        # For MLA the engine may choose another number (64 for FlashMLA) and does not tell.
+        tokens_per_block = row // elements
     if row % tokens_per_block:
         raise LayoutError(
             f"rows of {row} elements do not divide by kv_cache_config.tokens_per_block = {tokens_per_block}"
         )
+    return tokens_per_block
 
 
 def _check_groups(described: Sequence[Any], tokens_per_block: int, engine: EngineFacts) -> None:

@@ -45,7 +45,7 @@ def model_facts(model: str | None, revision: str | None) -> dict[str, Any]:
         log_once(
             _log, "no-model", "the engine's arguments name no model: its KV stays private to this process"
         )
-        return {"private": _PRIVATE}
+        return private_facts(None)
     try:
         place = _local_files(model, revision)
         if place is not None:
@@ -56,9 +56,14 @@ def model_facts(model: str | None, revision: str | None) -> dict[str, Any]:
             return {**facts, "name": model}
     except (OSError, ValueError) as error:
         log_once(_log, "unreadable", "cannot read the model's files, its KV stays private: %r", error)
-        return {"private": _PRIVATE, "name": model}
+        return private_facts(model)
     log_once(_log, "name-only", "%s is no local model: identified by its name, not by its weights", model)
     return {"name": model, "revision": revision}
+
+
+def private_facts(model: str | None) -> dict[str, Any]:
+    """Return an identity that no other process shares, for weights that nobody can tell from others."""
+    return {"private": _PRIVATE, "name": model}
 
 
 def model_config(model: str | None, revision: str | None) -> Mapping[str, Any]:

@@ -133,6 +133,31 @@ def test_unreadable_files_make_the_kv_private(tmp_path, monkeypatch):
     assert model_config(model, None) == {}
 
 
+@pytest.mark.parametrize(
+    ("scaling", "same"),
+    [({"type": "longrope"}, False), ({"rope_type": "dynamic"}, False), ({"rope_type": "yarn"}, True)],
+)
+def test_the_longest_sequence_counts_where_rope_goes_by_it(tmp_path, scaling, same):
+    model = make_model(tmp_path / "a", rope_scaling=scaling)
+    short, long = (namespace(model=model, max_seq_len=length) for length in (4096, 8192))
+    assert (short == long) is same
+
+
+class LoadFormat(Enum):
+    AUTO = 0
+    DUMMY = 1
+
+
+def test_random_weights_are_private_whatever_the_files_say(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "a")
+    real = namespace(model=model)
+    assert namespace(model=model, load_format=LoadFormat.AUTO) == real
+    random = namespace(model=model, load_format=LoadFormat.DUMMY)
+    assert random == namespace(model=model, load_format="dummy") != real
+    monkeypatch.setattr(weights, "_PRIVATE", "another process")
+    assert namespace(model=model, load_format=LoadFormat.DUMMY) != random
+
+
 class QuantAlgo(str, Enum):
     FP8 = "FP8"
 
@@ -144,6 +169,8 @@ class QuantAlgo(str, Enum):
         {"attn_backend": "FLASHINFER"},
         {"tensor_parallel_size": 2},
         {"model_kwargs": {"rope_theta": 1}},
+        {"load_format": "dummy"},
+        {"kv_cache_config__max_attention_window": [4096]},
         {"quant_config": SimpleNamespace(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo=None)},
         {"quant_config": SimpleNamespace(quant_algo=None, kv_cache_quant_algo=QuantAlgo.FP8)},
         {"kv_cache_config__dtype": "fp8"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from kvtier.gpu.ranges import PageMap, Region
 from kvtier.trtllm.identity import EngineFacts
 from kvtier.trtllm.pool import FlatPool, GroupPool
 from kvtier.trtllm.transfer import Blocks, RawMover
-from tests.trtllm_support import content, llm_args
+from tests.trtllm_support import SIZE, content, llm_args
 
 SPEC = ModelSpec(layers=5, kv_heads=2, head_dim=8, vocab_size=100)
 
@@ -99,6 +100,41 @@ def test_a_pool_without_all_layers_is_refused(tmp_path):
     assert FlatPool(flat(6, 4, 2, 64), facts(model=str(tmp_path))).layout.layers == 4
     # With pipeline stages a rank has only its own layers.
     assert FlatPool(flat(6, 3, 2, 64), facts(model=str(tmp_path), pipeline_parallel_size=2))
+
+
+def test_flash_mla_has_more_tokens_in_a_block_than_the_arguments_say(tmp_path):
+    """The engine then sets 64 and leaves its arguments as they were: pages would get others' hashes."""
+    config = '{"num_hidden_layers": 3, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "num_attention_heads": 4}'
+    (tmp_path / "config.json").write_text(config)
+    arguments = {"model": str(tmp_path), "kv_cache_config__tokens_per_block": 32}
+    assert FlatPool(flat(6, 3, 1, 64 * 12), facts(**arguments)).layout.tokens_per_block == 64
+    assert FlatPool(flat(6, 3, 1, 32 * 12), facts(**arguments)).layout.tokens_per_block == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [
+        ({"head_dim": 16, "num_key_value_heads": 4, "num_attention_heads": 8}, 1),
+        ({"head_dim": 16, "num_key_value_heads": 4}, 2),
+        ({"hidden_size": 128, "num_attention_heads": 8}, 8),
+        ({"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}, 8),
+    ],
+)
+def test_a_pool_with_other_blocks_than_the_arguments_say_is_refused(tmp_path, config, ranks):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3, **config}))
+    arguments = {"model": str(tmp_path), "tensor_parallel_size": ranks}
+    elements = 16 * -(-config.get("num_key_value_heads", config.get("num_attention_heads")) // ranks)
+    assert FlatPool(flat(6, 3, 2, SIZE * elements), facts(**arguments)).layout.tokens_per_block == SIZE
+    with pytest.raises(LayoutError, match=f"{2 * SIZE} tokens.*tokens_per_block says {SIZE}"):
+        FlatPool(flat(6, 3, 2, 2 * SIZE * elements), facts(**arguments))
+
+
+def test_a_flat_pool_under_a_sliding_window_is_refused():
+    window = {"kv_cache_config__max_attention_window": [256]}
+    for changes in (window, {**window, "max_seq_len": 257}):
+        with pytest.raises(LayoutError, match="max_attention_window is 256"):
+            FlatPool(flat(6, 3, 2, 64), facts(**changes))
+    assert FlatPool(flat(6, 3, 2, 64), facts(**window, max_seq_len=256))
 
 
 def memory(**changes: object) -> KVMemory:
