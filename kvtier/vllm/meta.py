@@ -1,0 +1,75 @@
+"""What the scheduler's half tells the workers' each step, and what these tell back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+class Load(NamedTuple):
+    """Blocks of one request to be copied from the arena before the forward pass.
+
+    Attributes:
+        lease: The claim on the slots; each rank releases it when its copies are done. 0: it is lost, and the
+            pages are to be reported as not loaded.
+        until: When the slots may change, on `time.monotonic`'s clock of this machine.
+        slots: Slot of each block.
+        pages: The block id of each in the engine's pool.
+    """
+
+    lease: int
+    until: float
+    slots: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+class Save(NamedTuple):
+    """A block to be copied into the arena.
+
+    Attributes:
+        ticket: The reservation of its slot.
+        page: Its block id in the engine's pool.
+    """
+
+    ticket: int
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorMeta(KVConnectorMetadata):  # type: ignore[misc]
+    """The orders of one step.
+
+    Attributes:
+        step: Number of the step, from 1.
+        settled: The last step with a failed load that the scheduler has heard of. A worker that knows of a
+            later one saves nothing: what was computed over missing blocks must not be stored.
+        reused: Whether blocks were freed since the last step, so that their saves must have ended before
+            anything is written.
+        loads: To be done before the forward pass.
+        tails: Blocks of finished requests, to be read before the forward pass.
+        saves: To be done after it.
+    """
+
+    step: int
+    settled: int = 0
+    reused: bool = False
+    loads: tuple[Load, ...] = ()
+    tails: tuple[Save, ...] = ()
+    saves: tuple[Save, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMeta(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What a worker tells the scheduler.
+
+    Attributes:
+        failed: The step whose loads failed.
+    """
+
+    failed: int
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMeta:
+        """Return what two workers say together."""
+        return WorkerMeta(max(self.failed, other.failed))

@@ -1,0 +1,271 @@
+"""The scheduler's half: promises blocks, and tells the workers what to load and what to save."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvtier._counters import Counters
+from kvtier._logging import log_once
+from kvtier.config import load_config
+from kvtier.store.base import StoreClient
+from kvtier.store.gate import ComputePace
+from kvtier.trtllm.guard import shielded
+from kvtier.trtllm.hash_cache import HashCache
+from kvtier.vllm.identity import EngineFacts, config_path
+from kvtier.vllm.meta import ConnectorMeta, Load, Save
+from kvtier.vllm.request import Promise, RequestState
+from kvtier.vllm.stores import open_part
+
+_log = logging.getLogger(__name__)
+
+
+def _nothing() -> tuple[int | None, bool]:
+    return 0, False
+
+
+def _no_saves() -> tuple[Save, ...]:
+    return ()
+
+
+class SchedulerHalf:
+    """Answers the scheduler from what lies verified in host memory; whatever goes wrong is a miss.
+
+    Nothing that it is asked raises. Blocks that were promised and are lost before the workers are told are
+    reported by these as not loaded.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        """Open the scheduler's part of the store.
+
+        Raises:
+            ConfigError: There is no configuration, or it is wrong.
+            LayoutError: A KV cache that kvtier does not support.
+        """
+        config = load_config(config_path(vllm_config))
+        self.engine = EngineFacts.read(vllm_config, kv_cache_config, config)
+        self._shared = open_part(config, self.engine, torch.device("cpu"), self.engine.ranks)
+        self._counters = Counters()
+        self._size = self.engine.layout.tokens_per_block
+        self._requests: dict[str, RequestState] = {}
+        self._hashes = HashCache(self._size)
+        self._pace = ComputePace()
+        self._step = 0
+        self._settled = 0
+        self._tails: list[Save] = []
+        self._era: str | None = None
+        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+            _log.warning(
+                "kv_load_failure_policy is fail: should blocks be lost between lookup and load, their"
+                " requests fail; with recompute they are computed"
+            )
+
+    @shielded(_nothing)
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Promise the blocks that follow the local match, as far as they can be loaded at once.
+
+        Args:
+            request: The engine's request.
+            num_computed_tokens: Tokens matched in the engine's pool.
+
+        Returns:
+            Tokens that can be loaded beyond them, a multiple of the block size that leaves at least one
+            token to be computed; and False: the load happens in front of the next pass.
+        """
+        store = self._store()
+        state = self._meet(request)
+        if store is None:
+            return 0, False
+        self._drop_promise(state, store)
+        size = self._size
+        unread = getattr(request, "skip_reading_prefix_cache", False)
+        if state.identity is None or unread or num_computed_tokens % size:
+            return 0, False
+        first, last = num_computed_tokens // size, (state.see_tokens() - 1) // size
+        if first >= last:
+            return 0, False
+        match = store.match(state.hash_through(last)[first:last], None, self._pace.block_cost(size))
+        self._counters.add("looked_up_tokens", (last - first) * size)
+        blocks = len(match.slots)
+        if blocks == 0:
+            return 0, False
+        state.promise = Promise(match.lease, first, match.slots)
+        for tier, count in match.sources.items():
+            self._counters.add(f"promised_tokens_{tier}", count * size)
+        return blocks * size, False
+
+    @shielded(lambda: None)
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note how much of a promise the engine takes, and the pages that it has for it."""
+        state = self._meet(request)
+        state.pages = list(blocks.get_block_ids()[0])
+        promise = state.promise
+        if promise is None:
+            return
+        taken = num_external_tokens // self._size
+        if taken <= 0:
+            self._drop_promise(state, self._store())
+        else:
+            promise.taken = True
+            promise.slots = promise.slots[:taken]
+
+    def build_connector_meta(self, scheduler_output: Any) -> ConnectorMeta:
+        """Give the orders for the coming step: what is promised is loaded, whole blocks are saved."""
+        self._step += 1
+        store = self._store()
+        loads = tuple(
+            self._keep_promise(state, store)
+            for state in self._requests.values()
+            if state.promise is not None and state.promise.taken
+        )
+        tails, self._tails = tuple(self._tails), []
+        reused = bool(scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids)
+        saves = self._saves(scheduler_output, store)
+        return ConnectorMeta(self._step, self._settled, reused, loads, tails, saves)
+
+    @shielded(lambda: None)
+    def request_finished(self, request: Any, block_ids: Sequence[int]) -> None:
+        """Order those blocks to be saved whose tokens were not known in the step that completed them."""
+        state = self._requests.pop(request.request_id, None)
+        store = self._store()
+        if state is None or store is None:
+            return
+        self._drop_promise(state, store)
+        state.pages = list(block_ids)
+        self._offer(state, store, self._tails)
+
+    @shielded(lambda: None)
+    def update_connector_output(self, output: Any) -> None:
+        """Hear of steps whose loads failed."""
+        told = getattr(output, "kv_connector_worker_meta", None)
+        if told is None or told.failed <= self._settled:
+            return
+        self._settled = told.failed
+        self._counters.add("failed_steps")
+        store = self._store()
+        if store is not None:
+            # Of requests that failed with that step.
+            store.abort([save.ticket for save in self._tails])
+        self._tails.clear()
+        for state in self._requests.values():
+            # The engine computes again what follows on the missing blocks; nothing of it was saved.
+            state.valid = state.handled = 0
+
+    def reset_cache(self) -> bool:
+        """Forget everything, as far as this engine goes: it may have other weights from now on."""
+        self._era = secrets.token_hex(8)
+        return True
+
+    def close(self) -> None:
+        """Leave the store."""
+        store = self._store()
+        if store is not None:
+            for state in self._requests.values():
+                self._drop_promise(state, store)
+            store.abort([save.ticket for save in self._tails])
+        self._requests.clear()
+        self._tails.clear()
+        self._shared = None
+
+    def take_counts(self) -> dict[str, int | float]:
+        """Return this half's counters."""
+        return self._counters.snapshot()
+
+    def store_stats(self) -> dict[str, int | float]:
+        """Return what the store counts."""
+        store = self._store()
+        return dict(store.stats()) if store is not None else {}
+
+    def _store(self) -> StoreClient | None:
+        return self._shared.store if self._shared is not None else None
+
+    def _meet(self, request: Any) -> RequestState:
+        state = self._requests.get(request.request_id)
+        if state is None or state.request is not request:
+            state = RequestState.start(request, self.engine.namespace.id, self._size, self._hashes, self._era)
+            self._requests[request.request_id] = state
+        return state
+
+    def _keep_promise(self, state: RequestState, store: StoreClient | None) -> Load:
+        """Turn a promise into the order to load it, or to report that it cannot be."""
+        promise, state.promise = state.promise, None
+        assert promise is not None
+        pages = tuple(state.pages[promise.first : promise.first + len(promise.slots)])
+        try:
+            until = store.hold(promise.lease) if store is not None else 0.0
+            if store is not None and until > time.monotonic() and len(pages) == len(promise.slots):
+                self._counters.add("loaded_tokens", len(pages) * self._size)
+                # The workers hold it from here on.
+                store.release(promise.lease, self.engine.ranks)
+                return Load(promise.lease, until, promise.slots, pages)
+        except Exception as error:  # noqa: BLE001 - the engine counts on an answer
+            log_once(_log, "hold", "promised blocks cannot be loaded: %r", error)
+        self._counters.add("lost_promises")
+        return Load(0, 0.0, (), pages)
+
+    @shielded(_no_saves)
+    def _saves(self, scheduler_output: Any, store: StoreClient | None) -> tuple[Save, ...]:
+        self._pace.begins(int(scheduler_output.total_num_scheduled_tokens), time.monotonic())
+        saves: list[Save] = []
+        try:
+            for state in self._advance(scheduler_output):
+                if store is not None:
+                    self._offer(state, store, saves)
+        except Exception:
+            if store is not None:
+                store.abort([save.ticket for save in saves])
+            raise
+        return tuple(saves)
+
+    def _advance(self, scheduler_output: Any) -> list[RequestState]:
+        """Take the coming step into its requests' states, and return these."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        scheduled = scheduler_output.num_scheduled_tokens
+        states = []
+        for data in scheduler_output.scheduled_new_reqs:
+            state = self._requests.get(data.req_id)
+            if state is not None:
+                state.pages = list(data.block_ids[0])
+                state.advance(data.num_computed_tokens, scheduled[data.req_id], drafts.get(data.req_id))
+                states.append(state)
+        cached = scheduler_output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            state = self._requests.get(request_id)
+            if state is None:
+                continue
+            new = cached.new_block_ids[index]
+            if request_id in cached.resumed_req_ids:
+                state.pages = list(new[0]) if new else []
+                state.handled = 0
+            elif new:
+                state.pages.extend(new[0])
+            state.advance(cached.num_computed_tokens[index], scheduled[request_id], drafts.get(request_id))
+            states.append(state)
+        return states
+
+    def _offer(self, state: RequestState, store: StoreClient, saves: list[Save]) -> None:
+        """Reserve slots for those blocks that were not offered yet.
+
+        Blocks that were matched or loaded are offered too, once: what fell out of the arena comes back.
+        """
+        first, last = state.handled, state.savable()
+        if state.identity is None or last <= first:
+            return
+        state.handled = last
+        hashes = state.hash_through(last)[first:last]
+        tickets = store.reserve(state.hash_before(first), first, hashes)
+        saves += [
+            Save(ticket, page)
+            for ticket, page in zip(tickets, state.pages[first:last], strict=True)
+            if ticket is not None
+        ]
+
+    def _drop_promise(self, state: RequestState, store: StoreClient | None) -> None:
+        promise, state.promise = state.promise, None
+        if promise is not None and store is not None:
+            store.release(promise.lease)
