@@ -92,21 +92,28 @@ class AgentClient:
         return self._link.wait_up(timeout)
 
     def match(
-        self, hashes: Sequence[bytes], wait: float | None = None, block_cost: float | None = None
+        self,
+        hashes: Sequence[bytes],
+        wait: float | None = None,
+        block_cost: float | None = None,
+        ask_again: float = 0.0,
     ) -> Match:
         """Find and lease blocks; see `StoreClient.match`."""
         if not hashes:
             return Match()
         wait = wire.bounded_wait(self._lookup_wait if wait is None else wait)
-        request = wire.MatchBlocks(0, 0, b"".join(hashes[: wire.MAX_BLOCKS]), wait, block_cost or 0.0)
+        asked_for = b"".join(hashes[: wire.MAX_BLOCKS])
+        request = wire.MatchBlocks(0, 0, asked_for, wait, block_cost or 0.0, wire.bounded_wait(ask_again))
         asked = self._clock()
         answer = self._link.call(request, wait + self._deadlines.match)
         if answer is None:
             self._counters.add("client_missed_lookups")
             return Match()
         epoch, reply = answer
-        if not isinstance(reply, wire.Matched) or not reply.lease:
+        if not isinstance(reply, wire.Matched):
             return Match()
+        if not reply.lease:
+            return Match(ask_again=reply.ask_again)
         lease = epoch << 32 | reply.lease
         places = np.frombuffer(reply.slots, "<u4").astype(np.int64)
         self._note(lease, asked + LEASE_SECONDS)

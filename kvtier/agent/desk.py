@@ -89,22 +89,23 @@ class Desk:
         lookup = session.opened.store.look_up(hashes)
         wait = wire.bounded_wait(request.wait)
         if wait and lookup.origin:
-            cost = wire.bounded_wait(request.block_cost) or None
-            return lambda: self._matched(session, request.id, lookup, wait, cost)
-        return self._matched(session, request.id, lookup, 0.0)
+            return lambda: self._matched(session, request, lookup, wait)
+        return self._matched(session, request, lookup, 0.0)
 
     def _matched(
-        self, session: Session, number: int, lookup: Lookup, wait: float, block_cost: float | None = None
+        self, session: Session, request: wire.MatchBlocks, lookup: Lookup, wait: float
     ) -> wire.Matched:
+        cost, further = wire.bounded_wait(request.block_cost) or None, wire.bounded_wait(request.ask_again)
         store, group = session.opened.store, session.group
         # Every rank reads what is stored once for all (one shard), and a rank may stand for several shards.
         holders = max(group.ranks, store.layout.shards)
-        match = store.finish(lookup, wait, block_cost, holders=holders, owner=group.owner)
+        match = store.finish(lookup, wait, cost, further, holders=holders, owner=group.owner)
         if match.lease and not group.members:
             # The engine went while this waited: nobody will release it.
             store.release(match.lease)
             match = Match()
-        return wire.Matched(number, match.lease, wire.pack_numbers(match.slots, "I"), dict(match.sources))
+        slots = wire.pack_numbers(match.slots, "I")
+        return wire.Matched(request.id, match.lease, slots, dict(match.sources), match.ask_again)
 
     def _hold(self, session: Session, request: wire.Hold) -> wire.Done:
         return wire.Done(request.id, session.opened.store.hold(request.lease) > 0.0)

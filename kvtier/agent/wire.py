@@ -124,6 +124,7 @@ class MatchBlocks(Request, tag="match"):
     hashes: bytes
     wait: float
     block_cost: float = 0.0
+    ask_again: float = 0.0
 
 
 class Hold(Request, tag="hold"):
@@ -198,6 +199,7 @@ class Matched(msgspec.Struct, array_like=True, tag="matched"):
     lease: int
     slots: bytes
     sources: dict[str, int]
+    ask_again: float = 0.0
 
 
 class Reserved(msgspec.Struct, array_like=True, tag="reserved"):

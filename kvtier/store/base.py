@@ -17,11 +17,14 @@ class Match:
         lease: Handle for `StoreClient.release` and `hold`; 0 when nothing matched.
         slots: Arena slot of each block of the leading run, in order.
         sources: How many of these blocks came from each tier ("memory", "disk", "s3").
+        ask_again: Seconds for which it pays to ask again, since more blocks are on their way; then nothing is
+            leased yet. 0.0: this is the answer.
     """
 
     lease: int = 0
     slots: tuple[int, ...] = ()
     sources: Mapping[str, int] = field(default_factory=dict)
+    ask_again: float = 0.0
 
 
 class Run(NamedTuple):
@@ -84,7 +87,11 @@ class StoreClient(Protocol):
     layout: BlockLayout
 
     def match(
-        self, hashes: Sequence[bytes], wait: float | None = None, block_cost: float | None = None
+        self,
+        hashes: Sequence[bytes],
+        wait: float | None = None,
+        block_cost: float | None = None,
+        ask_again: float = 0.0,
     ) -> Match:
         """Find the longest leading run of `hashes` that can be promised now.
 
@@ -97,6 +104,7 @@ class StoreClient(Protocol):
             hashes: Chained block hashes of one prompt, in order, 16 bytes each.
             wait: Seconds to wait at most; None: the configured lookup wait; 0: not at all.
             block_cost: Seconds that the engine takes to compute one block, if it is known.
+            ask_again: Seconds that the caller can wait further, outside of this call.
 
         Returns:
             Verified, leased blocks. Whoever gets a lease releases it, or it expires by itself.

@@ -141,6 +141,19 @@ class Stager:
                     return
                 self._changed.wait(left)
 
+    def patience(self, hashes: Sequence[bytes], wait: float, block_cost: float | None = None) -> float:
+        """Return how many seconds waiting for `hashes` would pay now, 0.0 if none of them is on its way.
+
+        Args:
+            hashes: Blocks of one run, in order.
+            wait: Seconds to wait at most.
+            block_cost: Seconds that computing a block takes, if known.
+        """
+        with self._changed:
+            if not any(block in self._flights for block in hashes):
+                return 0.0
+            return patience(self._arrivals(hashes), wait, block_cost)
+
     def _arrivals(self, hashes: Sequence[bytes]) -> list[float]:
         """Return when each block of a run is expected, in seconds from now, as far as it is under way."""
         now = time.monotonic()

@@ -128,10 +128,15 @@ class TieredStore:
         return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
 
     def match(
-        self, hashes: Sequence[bytes], wait: float | None = None, block_cost: float | None = None
+        self,
+        hashes: Sequence[bytes],
+        wait: float | None = None,
+        block_cost: float | None = None,
+        ask_again: float = 0.0,
     ) -> Match:
         """Find, stage and lease; see `StoreClient.match`."""
-        return self.finish(self.look_up(hashes), self._lookup_wait if wait is None else wait, block_cost)
+        wait = self._lookup_wait if wait is None else wait
+        return self.finish(self.look_up(hashes), wait, block_cost, ask_again)
 
     def look_up(self, hashes: Sequence[bytes]) -> Lookup:
         """Begin a match: pin what is resident, and start fetching what follows. Does not wait.
@@ -152,6 +157,7 @@ class TieredStore:
         lookup: Lookup,
         wait: float,
         block_cost: float | None = None,
+        ask_again: float = 0.0,
         *,
         holders: int | None = None,
         owner: int = 0,
@@ -162,6 +168,7 @@ class TieredStore:
             lookup: From `look_up`.
             wait: Seconds to wait at most.
             block_cost: Seconds that computing a block takes, if known.
+            ask_again: Seconds that the caller can wait further, by asking again.
             holders: How many ranks have to release the lease; None: one for each shard.
             owner: For `drop_owner`.
         """
@@ -170,6 +177,10 @@ class TieredStore:
         if origin:
             missing = list(origin)
             self._stager.wait(missing, wait, block_cost)
+            left = self._stager.patience(missing, ask_again, block_cost) if ask_again else 0.0
+            if left:
+                self.memory.unpin(slots)
+                return Match(ask_again=left)
             arrived = self.memory.acquire(missing)
             for block in missing[: len(arrived)]:
                 sources[origin[block]] = sources.get(origin[block], 0) + 1
