@@ -4,6 +4,7 @@ KvTierError
 ├── ConfigError          the configuration file or an option says something impossible
 ├── LayoutError          the engine's KV pool is of a kind that kvtier refuses (said at registration)
 ├── CorruptBlock         encoded bytes are truncated, altered, foreign or of an unknown format
+├── SlotMisfit           a block that the form of the arena's slots cannot hold
 ├── BrokenPromise        (kvtier.trtllm) promised blocks are gone: the only error the engine ever sees
 └── TierError            a tier could not do what it was asked
     ├── TierUnavailable  for now: time-outs, refused connections, throttling; trying later may help
@@ -30,6 +31,10 @@ class LayoutError(KvTierError):
 
 class CorruptBlock(KvTierError):
     """Encoded bytes that cannot be trusted: never decoded, never served, quarantined."""
+
+
+class SlotMisfit(KvTierError):
+    """A block that cannot be held in slots of the configured form, such as noise in plane slots."""
 
 
 class TierError(KvTierError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvtier.errors import LayoutError
@@ -37,6 +37,8 @@ class BlockLayout:
         row_elements: Elements of one row.
         shards: Tensor-parallel shards that lie side by side in one block.
         kind: "flat" (one pool tensor) or "groups" (pages of several layer groups, one after the other).
+        head_dim: Elements of one head of one token, 0 where that is not known. It says which elements are of
+            one channel, for compression alone: it is no part of a block's identity.
     """
 
     dtype: str
@@ -46,18 +48,24 @@ class BlockLayout:
     row_elements: int
     shards: int = 1
     kind: str = "flat"
+    head_dim: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the numbers describe a possible block.
 
         Raises:
-            LayoutError: An unknown dtype, a number below 1, or a block of more than `MAX_BLOCK_BYTES`.
+            LayoutError: An unknown dtype, a number below 1, heads that do not fill a row, or a block of more
+                than `MAX_BLOCK_BYTES`.
         """
         if self.dtype not in ITEM_BYTES:
             raise LayoutError(f"KV dtype {self.dtype!r} is not supported; allowed: {', '.join(ITEM_BYTES)}")
         numbers = (self.tokens_per_block, self.layers, self.kv_factor, self.row_elements, self.shards)
         if min(numbers) < 1:
             raise LayoutError(f"a block needs positive dimensions, got {self}")
+        if self.head_dim < 0 or (
+            self.head_dim and self.row_elements % (self.tokens_per_block * self.head_dim)
+        ):
+            raise LayoutError(f"rows do not consist of whole heads: {self}")
         if self.block_bytes > MAX_BLOCK_BYTES:
             raise LayoutError(f"a block of {self.block_bytes} bytes is over the limit of {MAX_BLOCK_BYTES}")
 
@@ -72,5 +80,7 @@ class BlockLayout:
         return self.shards * self.shard_bytes
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields as plain data, for the namespace document."""
-        return asdict(self)
+        """Return the fields that make up the identity as plain data, for the namespace document."""
+        fields = asdict(self)
+        del fields["head_dim"]
+        return fields

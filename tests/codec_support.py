@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,12 @@ DTYPES = {
     6: "int8",
     7: "uint8",
 }
+
+
+def real_block_with_heads(name: str) -> tuple[BlockLayout, bytes]:
+    """The same, and it is known that a head has 64 elements."""
+    layout, data = real_block(name)
+    return replace(layout, head_dim=64), data
 
 
 def real_block(name: str) -> tuple[BlockLayout, bytes]:
@@ -69,6 +76,8 @@ def read_as_documented(data: bytes) -> bytes:
     if codec == 0:
         return stored[0]
     dtype, rows = DTYPES[dtype_code], shards * layers
+    if codec == 2:
+        return read_nibbles(data, sections, stored)
     plane_bytes = b"".join(
         zstandard.decompress(frame)
         for frame, section in zip(stored, sections, strict=True)
@@ -95,3 +104,36 @@ def read_as_documented(data: bytes) -> bytes:
             raw = np.where(raw & 0x80, raw ^ 0x7F, raw)
     assert raw.nbytes == raw_bytes
     return raw.tobytes()
+
+
+def read_nibbles(data: bytes, sections: list[tuple[int, ...]], stored: list[bytes]) -> bytes:
+    """Decode an intact block of codec 2 by the letter of docs/format.md."""
+    dtype, tokens, shards, layers, kv, n = data[11], *struct.unpack_from("<IIIII", data, 16)
+    dim = struct.unpack_from("<H", data, 14)[0]
+    heads, pairs = n // (tokens * dim), (tokens + 1) // 2
+    per_shard = (len(sections) - shards) // shards
+    blocks = []
+    for shard in range(shards):
+        *frames, listed = stored[shard * per_shard : (shard + 1) * per_shard]
+        small = np.frombuffer(b"".join(zstandard.decompress(frame) for frame in frames), np.uint8)
+        channels = kv * layers * heads * dim
+        bases = small[:channels].reshape(kv, layers, heads, 1, dim)
+        packed = small[channels:].reshape(kv, layers, heads, pairs, dim)
+        nibbles = unpair(packed)[..., :tokens, :]
+        exponents = (bases - nibbles).transpose(1, 0, 2, 3, 4).reshape(-1)
+        for entry in struct.unpack(f"<{len(listed) // 4}I", listed):
+            exponents[entry >> 8] = entry & 0xFF
+        rest = np.frombuffer(stored[shards * per_shard + shard], np.uint8)
+        if DTYPES[dtype] == "bfloat16":
+            wide = rest.astype(np.uint16)
+            blocks.append(((wide & 0x80) << 8 | exponents.astype(np.uint16) << 7 | wide & 0x7F).tobytes())
+        else:
+            low = unpair(rest.reshape(layers, kv, heads, pairs, dim))[..., :tokens, :].reshape(-1)
+            blocks.append(((low & 8) << 4 | (exponents & 15) << 3 | low & 7).tobytes())
+    return b"".join(blocks)
+
+
+def unpair(packed: np.ndarray) -> np.ndarray:
+    """Give each token its nibble: `[..., pairs, dim]` becomes `[..., 2 * pairs, dim]`."""
+    *front, pairs, dim = packed.shape
+    return np.stack([packed & 15, packed >> 4], axis=-2).reshape(*front, 2 * pairs, dim)

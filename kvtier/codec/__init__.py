@@ -2,5 +2,16 @@
 
 from kvtier.codec.block import BlockCodec, check_block
 from kvtier.codec.format import BlockHeader, Section, read_header
+from kvtier.codec.slots import PlaneSlots, RawSlots, SlotForm, slot_form
 
-__all__ = ["BlockCodec", "BlockHeader", "Section", "check_block", "read_header"]
+__all__ = [
+    "BlockCodec",
+    "BlockHeader",
+    "PlaneSlots",
+    "RawSlots",
+    "Section",
+    "SlotForm",
+    "check_block",
+    "read_header",
+    "slot_form",
+]

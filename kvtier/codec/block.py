@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xxhash
-import zstandard
 
+from kvtier.codec.byte_codec import WORTH_IT, ByteCodec
 from kvtier.codec.format import (
     ID_BYTES,
     MAX_ALIGNMENT,
+    NIBBLES,
     PLAIN,
     PLANES,
     RAW,
-    ZSTD,
     BlockHeader,
     Buffer,
+    Piece,
     Section,
     header_bytes,
     layout_codes,
@@ -26,43 +25,35 @@ from kvtier.codec.format import (
     read_header,
 )
 from kvtier.codec.kernels import Bytes
-from kvtier.codec.planes import MAX_FRAME_BYTES, Scheme, scheme_for
-from kvtier.errors import CorruptBlock
+from kvtier.codec.nibble_codec import NibbleCodec
+from kvtier.codec.nibbles import nibble_shape
+from kvtier.codec.slots import PlaneSlots, RawSlots, SlotForm
+from kvtier.errors import CorruptBlock, SlotMisfit
 from kvtier.layout import BlockLayout
-
-_WORTH_IT = 0.95
-"""What does not shrink below this is stored raw: decoding it would cost more than it saves."""
-
-
-class _Workspace(threading.local):
-    """One thread's zstd contexts and scratch memory, reused from block to block to spare page faults."""
-
-    def __init__(self, scheme: Scheme, rows: int, kv_factor: int, cuts: Sequence[int]) -> None:
-        self.plane = np.empty((kv_factor, rows, scheme.plane_row_bytes), np.uint8)
-        self.rest = np.empty((rows, kv_factor, scheme.rest_row_bytes), np.uint8)
-        plane = self.plane.reshape(-1).data
-        self.frames = [plane[start:stop] for start, stop in itertools.pairwise(cuts)]
-        self.compress = scheme.compressor()
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_FRAME_BYTES)
 
 
 class BlockCodec:
     """Encodes and decodes the blocks of one layout and namespace, without loss for every bit pattern.
+
+    What is stored does not depend on the form of the slots: whatever is stored can be decoded into slots of
+    any form, as far as the block fits there.
 
     Immutable and thread-safe. The heavy parts (splitting, zstd, merging) run without the GIL.
 
     Attributes:
         layout: The layout of the raw blocks.
         namespace: Id of the namespace that is written into, and demanded of, every block.
+        form: How blocks lie in slots, from which they are encoded and into which they are decoded.
         max_encoded_bytes: No encoded block is longer; anything longer is corrupt.
     """
 
-    def __init__(self, layout: BlockLayout, namespace: bytes) -> None:
+    def __init__(self, layout: BlockLayout, namespace: bytes, form: SlotForm | None = None) -> None:
         """Prepare for blocks of one layout.
 
         Args:
             layout: Arrangement of the raw blocks.
             namespace: Namespace id, 16 bytes.
+            form: Form of the slots; raw by default.
 
         Raises:
             LayoutError: The format cannot express the layout.
@@ -73,44 +64,43 @@ class BlockCodec:
         layout_codes(layout)
         self.layout = layout
         self.namespace = bytes(namespace)
+        self.form = form if form is not None else RawSlots(layout)
+        self._planes = self.form if isinstance(self.form, PlaneSlots) else None
         self._alignment = _alignment(layout.block_bytes)
         self.max_encoded_bytes = self._aligned(header_bytes(1)) + layout.block_bytes
-        self._scheme = scheme_for(layout)
-        rows = layout.shards * layout.layers
-        self._raw_shape = (rows, layout.kv_factor, layout.block_bytes // (rows * layout.kv_factor))
-        self._rest_shape = (rows, layout.kv_factor, self._scheme.rest_row_bytes)
-        cuts = _frame_cuts(rows * self._scheme.plane_row_bytes, layout.kv_factor)
-        self._workspace = _Workspace(self._scheme, rows, layout.kv_factor, cuts)
-        # What the table of sections of a block of this layout must say, by codec: encodings and raw lengths.
-        frames = [(ZSTD, stop - start) for start, stop in itertools.pairwise(cuts)]
-        rest_bytes = rows * layout.kv_factor * self._scheme.rest_row_bytes
-        self._expected = {
-            RAW: [(PLAIN, layout.block_bytes)],
-            PLANES: frames + [(PLAIN, rest_bytes)] * (rest_bytes > 0),
-        }
+        self._bytes = ByteCodec(layout)
+        # Blocks name the size of their heads; another than this node's own is rare.
+        shape = nibble_shape(layout)
+        self._nibbles = NibbleCodec(shape) if shape is not None else None
 
-    def encode(self, block_hash: bytes, raw: Buffer) -> memoryview:
+    def encode(self, block_hash: bytes, slot: Buffer) -> memoryview:
         """Encode one block.
 
         Args:
             block_hash: The block's identity, 16 bytes.
-            raw: Its bytes, exactly `layout.block_bytes`.
+            slot: Its bytes in the form of the slots, exactly `form.slot_bytes`.
 
         Returns:
             The encoded block, read-only, in memory of its own.
 
         Raises:
-            ValueError: The hash or the block has the wrong length.
+            ValueError: The hash or the slot has the wrong length, or the slot holds no block.
         """
         if len(block_hash) != ID_BYTES:
             raise ValueError(f"a block hash has {ID_BYTES} bytes, got {len(block_hash)}")
-        source = self._block_array(raw)
-        work = self._workspace
-        self._scheme.split(source, work.plane, work.rest)
-        frames = self._compress_plane(work)
-        if frames is None:
-            return self._assemble(RAW, block_hash, [], source.reshape(-1))
-        return self._assemble(PLANES, block_hash, frames, work.rest.reshape(-1))
+        if self._planes is None:
+            raw = self._block_array(slot)
+            shards = self._nibbles.split(raw) if self._nibbles is not None else None
+        else:
+            shards = self._planes.planes(slot)
+        if shards is not None and self._nibbles is not None:
+            pieces = self._nibbles.encode(shards)
+            if self._pays(pieces):
+                return self._assemble(NIBBLES, block_hash, pieces)
+        if self._planes is not None:
+            raw = np.empty(self.layout.block_bytes, np.uint8)
+            self._planes.merge(slot, raw)
+        return self._encode_raw(block_hash, raw)
 
     def decode(self, block_hash: bytes, encoded: Buffer, out: bytearray | memoryview) -> None:
         """Verify an encoded block and decode it into `out`.
@@ -118,77 +108,91 @@ class BlockCodec:
         Args:
             block_hash: The identity that the block must have, 16 bytes.
             encoded: The encoded block; any bytes at all are safe.
-            out: Writable room of exactly `layout.block_bytes`. After `CorruptBlock` it may hold garbage.
+            out: Writable room of exactly `form.slot_bytes`; for planes at a multiple of 4 bytes. After
+                `CorruptBlock` or `SlotMisfit` it may hold garbage.
 
         Raises:
             CorruptBlock: The bytes are not, to the last bit, a block of this hash, namespace and layout.
+            SlotMisfit: They are, but slots of this form cannot hold the block.
             ValueError: `out` is read-only or has the wrong length.
         """
-        target = self._block_array(out)
-        if not target.flags.writeable:
+        room = memoryview(out)
+        if room.readonly:
             raise ValueError("the room for the decoded block is read-only")
         view = memoryview(encoded).cast("B").toreadonly()
         if len(view) > self.max_encoded_bytes:
             raise CorruptBlock(f"{len(view)} bytes are more than any block of this layout")
         header = read_header(view)
         self._check_identity(header, block_hash, len(view))
-        end = header_bytes(len(header.sections))
-        work = self._workspace
-        rest: Bytes = work.rest
-        for index, section in enumerate(header.sections):
-            stored = _verified(view, end, section)
-            end = section.offset + section.stored_bytes
-            if section.encoding == ZSTD:
-                _decompress(work.decompressor, stored, work.frames[index])
-            elif header.codec == RAW:
-                np.copyto(target, np.frombuffer(stored, np.uint8).reshape(self._raw_shape))
-                return
-            else:
-                rest = np.frombuffer(stored, np.uint8).reshape(self._rest_shape)
-        self._scheme.merge(target, work.plane, rest)
+        if self._planes is None:
+            self._decode_raw(header, view, self._block_array(room))
+        elif header.codec == NIBBLES and header.layout.head_dim == self.layout.head_dim:
+            shards = self._planes.planes(room)
+            self._own_nibbles(header).decode(_verified(view, header), shards)
+            for shard, planes in enumerate(shards):
+                self._planes.note(planes, room, shard)
+        else:
+            raw = np.empty(self.layout.block_bytes, np.uint8)
+            self._decode_raw(header, view, raw)
+            self._planes.split(raw, room)
+            if not self._planes.whole(room):
+                raise SlotMisfit(f"block {block_hash.hex()} has too many escapes for plane slots")
+
+    def _decode_raw(self, header: BlockHeader, view: memoryview, raw: Bytes) -> None:
+        stored = _verified(view, header)
+        if header.codec == RAW:
+            np.copyto(raw, np.frombuffer(next(stored), np.uint8))
+        elif header.codec == PLANES:
+            self._bytes.decode(stored, raw)
+        else:
+            self._own_nibbles(header).decode_raw(stored, raw)
+
+    def _encode_raw(self, block_hash: bytes, raw: Bytes) -> memoryview:
+        pieces = self._bytes.encode(raw)
+        if pieces is not None and self._pays(pieces):
+            return self._assemble(PLANES, block_hash, pieces)
+        return self._assemble(RAW, block_hash, [Piece(PLAIN, raw.data, raw.size, aligned=True)])
 
     def _block_array(self, buffer: Buffer) -> Bytes:
         array = np.frombuffer(buffer, np.uint8)
         if array.size != self.layout.block_bytes:
             raise ValueError(f"a block has {self.layout.block_bytes} bytes, got {array.size}")
-        return array.reshape(self._raw_shape)
+        return array
+
+    def _own_nibbles(self, header: BlockHeader) -> NibbleCodec:
+        """Return the codec of the heads that a block was encoded with."""
+        if self._nibbles is not None and header.layout.head_dim == self.layout.head_dim:
+            return self._nibbles
+        shape = nibble_shape(header.layout)
+        if shape is None:
+            raise CorruptBlock(f"no nibbles can be made of {header.layout}")
+        return NibbleCodec(shape)
+
+    def _pays(self, pieces: Sequence[Piece]) -> bool:
+        stored_bytes = header_bytes(len(pieces)) + sum(len(piece.data) for piece in pieces)
+        return stored_bytes <= WORTH_IT * self.layout.block_bytes
 
     def _aligned(self, offset: int) -> int:
         return -(-offset // self._alignment) * self._alignment
 
-    def _compress_plane(self, work: _Workspace) -> list[bytes] | None:
-        """Compress the plane; None where it does not pay, going by the first frame or by the whole."""
-        first, *others = work.frames
-        frames = [work.compress(first)]
-        if len(frames[0]) > _WORTH_IT * len(first):
-            return None
-        frames += map(work.compress, others)
-        sections = len(frames) + (work.rest.size > 0)
-        stored_bytes = header_bytes(sections) + sum(map(len, frames)) + work.rest.size
-        return frames if stored_bytes <= _WORTH_IT * self.layout.block_bytes else None
-
-    def _assemble(self, codec: int, block_hash: bytes, frames: Sequence[bytes], plain: Bytes) -> memoryview:
-        start = offset = header_bytes(len(frames) + (plain.size > 0))
+    def _assemble(self, codec: int, block_hash: bytes, pieces: Sequence[Piece]) -> memoryview:
+        end = header_bytes(len(pieces))
         sections: list[Section] = []
-        for frame, (_, raw_bytes) in zip(frames, self._expected[codec], strict=False):
-            sections.append(Section(ZSTD, offset, len(frame), raw_bytes, xxhash.xxh3_64_intdigest(frame)))
-            offset += len(frame)
-        frames_end = offset
-        if plain.size:
-            offset = self._aligned(offset)
-            sections.append(
-                Section(PLAIN, offset, plain.size, plain.size, xxhash.xxh3_64_intdigest(plain.data))
-            )
-            offset += plain.size
-        encoded = np.empty(offset, np.uint8)
+        for encoding, data, raw_bytes, aligned in pieces:
+            start = self._aligned(end) if aligned else end
+            sections.append(Section(encoding, start, len(data), raw_bytes, xxhash.xxh3_64_intdigest(data)))
+            end = start + len(data)
+        encoded = np.empty(end, np.uint8)
         view = encoded.data
-        view[:start] = pack_header(
-            BlockHeader(codec, self.layout, block_hash, self.namespace, offset, tuple(sections))
+        header = pack_header(
+            BlockHeader(codec, self.layout, block_hash, self.namespace, end, tuple(sections))
         )
-        for frame, section in zip(frames, sections, strict=False):
-            view[section.offset : section.offset + section.stored_bytes] = frame
-        encoded[frames_end : offset - plain.size] = 0
-        encoded[offset - plain.size :] = plain
+        view[: len(header)] = header
+        written = len(header)
+        for section, piece in zip(sections, pieces, strict=True):
+            encoded[written : section.offset] = 0
+            written = section.offset + section.stored_bytes
+            encoded[section.offset : written] = np.frombuffer(piece.data, np.uint8)
         return view.toreadonly()
 
     def _check_identity(self, header: BlockHeader, block_hash: bytes, length: int) -> None:
@@ -200,9 +204,17 @@ class BlockCodec:
             raise CorruptBlock(f"block of another layout: {header.layout}")
         if header.block_hash != block_hash:
             raise CorruptBlock(f"another block: {header.block_hash.hex()} instead of {block_hash.hex()}")
-        found = [(section.encoding, section.raw_bytes) for section in header.sections]
-        if found != self._expected[header.codec]:
+        expected = self._expected(header)
+        if len(expected) != len(header.sections) or any(
+            section.encoding != encoding or raw_bytes not in (None, section.raw_bytes)
+            for section, (encoding, raw_bytes) in zip(header.sections, expected, strict=True)
+        ):
             raise CorruptBlock("the sections are not those of this layout")
+
+    def _expected(self, header: BlockHeader) -> list[tuple[int, int | None]]:
+        if header.codec == RAW:
+            return [(PLAIN, self.layout.block_bytes)]
+        return self._bytes.sections if header.codec == PLANES else self._own_nibbles(header).sections
 
 
 def check_block(encoded: Buffer, block_hash: bytes, namespace: bytes) -> None:
@@ -223,10 +235,8 @@ def check_block(encoded: Buffer, block_hash: bytes, namespace: bytes) -> None:
             f"{len(view)} bytes with the header of block {header.block_hash.hex()} of {header.total_bytes} "
             f"bytes in namespace {header.namespace.hex()}"
         )
-    end = header_bytes(len(header.sections))
-    for section in header.sections:
-        _verified(view, end, section)
-        end = section.offset + section.stored_bytes
+    for _ in _verified(view, header):
+        pass
 
 
 def _alignment(block_bytes: int) -> int:
@@ -237,30 +247,14 @@ def _alignment(block_bytes: int) -> int:
     return alignment
 
 
-def _frame_cuts(part_bytes: int, parts: int) -> list[int]:
-    """Where the plane is cut into frames: each part (K, V) into equal ones, the last maybe shorter."""
-    frames = -(-part_bytes // MAX_FRAME_BYTES)
-    step = -(-part_bytes // frames)
-    return [part * part_bytes + start for part in range(parts) for start in range(0, part_bytes, step)] + [
-        parts * part_bytes
-    ]
-
-
-def _verified(view: memoryview, end: int, section: Section) -> memoryview:
-    """Return the stored bytes of a section when they, and the gap since `end`, are as they were written."""
-    if view[end : section.offset].tobytes() != bytes(section.offset - end):
-        raise CorruptBlock(f"the gap before byte {section.offset} is not zero")
-    stored = view[section.offset : section.offset + section.stored_bytes]
-    if xxhash.xxh3_64_intdigest(stored) != section.checksum:
-        raise CorruptBlock(f"checksum of the section at byte {section.offset} does not match")
-    return stored
-
-
-def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, out: memoryview) -> None:
-    try:
-        content_bytes = zstandard.frame_content_size(frame)
-        if content_bytes == len(out) == decompressor.stream_reader(frame).readinto(out):
-            return
-    except zstandard.ZstdError as error:
-        raise CorruptBlock(f"not a zstd frame: {error}") from error
-    raise CorruptBlock(f"a zstd frame of {content_bytes} bytes instead of {len(out)}")
+def _verified(view: memoryview, header: BlockHeader) -> Iterator[memoryview]:
+    """Yield the stored bytes of each section when they, and the gap before, are as they were written."""
+    end = header_bytes(len(header.sections))
+    for section in header.sections:
+        if view[end : section.offset].tobytes() != bytes(section.offset - end):
+            raise CorruptBlock(f"the gap before byte {section.offset} is not zero")
+        end = section.offset + section.stored_bytes
+        stored = view[section.offset : end]
+        if xxhash.xxh3_64_intdigest(stored) != section.checksum:
+            raise CorruptBlock(f"checksum of the section at byte {section.offset} does not match")
+        yield stored

@@ -18,8 +18,9 @@ Buffer = bytes | bytearray | memoryview
 MAGIC = b"KVTBLOCK"
 VERSION = 1
 
-RAW, PLANES = 0, 1
-"""Codecs of a block: its bytes as they are, or split into a compressed plane and a plain rest."""
+RAW, PLANES, NIBBLES = 0, 1, 2
+"""Codecs of a block: its bytes as they are; split into a compressed plane and a plain rest; or into the
+nibbles of exponents below their channel's largest one, compressed, and a plain rest."""
 
 PLAIN, ZSTD = 0, 1
 """Encodings of a section: bytes as they are, or one zstd frame."""
@@ -43,9 +44,9 @@ _KIND_CODES = {"flat": 0, "groups": 1}
 _DTYPES = {code: name for name, code in _DTYPE_CODES.items()}
 _KINDS = {code: name for name, code in _KIND_CODES.items()}
 
-# magic, version, codec, dtype, kind, tokens_per_block, shards, layers, kv_factor, row_elements,
+# magic, version, codec, dtype, kind, head_dim, tokens_per_block, shards, layers, kv_factor, row_elements,
 # number of sections, raw length, total length, block hash, namespace
-_FIXED = struct.Struct("<8sHBBB3xIIIIIIII16s16s")
+_FIXED = struct.Struct("<8sHBBBxHIIIIIIII16s16s")
 _SECTION = struct.Struct("<IIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 
@@ -68,13 +69,30 @@ class Section(NamedTuple):
     checksum: int
 
 
+class Piece(NamedTuple):
+    """What becomes a section.
+
+    Attributes:
+        encoding: `PLAIN` or `ZSTD`.
+        data: The stored bytes.
+        raw_bytes: Their length when decoded.
+        aligned: Whether it starts at a multiple of the block's alignment; plain ones only.
+    """
+
+    encoding: int
+    data: Buffer
+    raw_bytes: int
+    aligned: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class BlockHeader:
     """What an encoded block says about itself.
 
     Attributes:
-        codec: `RAW` or `PLANES`.
-        layout: dtype and geometry of the raw block; `layout.block_bytes` is its length.
+        codec: `RAW`, `PLANES` or `NIBBLES`.
+        layout: dtype and geometry of the raw block; `layout.block_bytes` is its length, and
+            `layout.head_dim` the size of the heads as which it was encoded.
         block_hash: Identity of the block, 16 bytes.
         namespace: Id of the namespace that it belongs to, 16 bytes.
         total_bytes: Length of the whole encoded block.
@@ -115,6 +133,7 @@ def pack_header(header: BlockHeader) -> bytes:
         header.codec,
         dtype,
         kind,
+        layout.head_dim if header.codec == NIBBLES else 0,
         layout.tokens_per_block,
         layout.shards,
         layout.layers,
@@ -152,6 +171,7 @@ def read_header(encoded: Buffer) -> BlockHeader:
         codec,
         dtype,
         kind,
+        head_dim,
         tokens_per_block,
         shards,
         layers,
@@ -173,9 +193,20 @@ def read_header(encoded: Buffer) -> BlockHeader:
     table_end = end - _CHECKSUM.size
     if _CHECKSUM.unpack_from(view, table_end)[0] != xxhash.xxh3_64_intdigest(view[:table_end]):
         raise CorruptBlock("checksum of the block header does not match")
-    if codec not in (RAW, PLANES) or dtype not in _DTYPES or kind not in _KINDS:
+    if codec not in (RAW, PLANES, NIBBLES) or dtype not in _DTYPES or kind not in _KINDS:
         raise CorruptBlock(f"unknown codec {codec}, dtype {dtype} or kind {kind}")
-    layout = _layout(_DTYPES[dtype], tokens_per_block, layers, kv_factor, row_elements, shards, _KINDS[kind])
+    if bool(head_dim) != (codec == NIBBLES):
+        raise CorruptBlock(f"heads of {head_dim} elements in a block of codec {codec}")
+    layout = _layout(
+        _DTYPES[dtype],
+        tokens_per_block,
+        layers,
+        kv_factor,
+        row_elements,
+        shards,
+        _KINDS[kind],
+        head_dim,
+    )
     if raw_bytes != layout.block_bytes:
         raise CorruptBlock(f"raw length {raw_bytes} is not the {layout.block_bytes} of the layout")
     table = view[_FIXED.size : table_end]
@@ -186,10 +217,10 @@ def read_header(encoded: Buffer) -> BlockHeader:
 
 @lru_cache(maxsize=16)
 def _layout(
-    dtype: str, tokens: int, layers: int, parts: int, elements: int, shards: int, kind: str
+    dtype: str, tokens: int, layers: int, parts: int, elements: int, shards: int, kind: str, head_dim: int
 ) -> BlockLayout:
     try:
-        return BlockLayout(dtype, tokens, layers, parts, elements, shards, kind)
+        return BlockLayout(dtype, tokens, layers, parts, elements, shards, kind, head_dim)
     except LayoutError as error:
         raise CorruptBlock(f"impossible layout: {error}") from error
 

@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit, types
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Kernel = TypeVar("Kernel", bound=Callable[..., None])
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 PAIR_DISTANCE = 128
 """Elements between the two whose nibbles share a byte: one token or two of the same channel at head sizes
@@ -33,7 +33,7 @@ _SPLIT_NIBBLES = types.void(types.int64, _READABLE, _WRITABLE, _WRITABLE)
 _MERGE_NIBBLES = types.void(types.int64, _WRITABLE, _WRITABLE, _READABLE)
 
 
-def _compiled(signature: Any) -> Callable[[Kernel], Kernel]:
+def compiled(signature: Any) -> Callable[[Kernel], Kernel]:
     """Compile for exactly `signature` at import, from numba's cache where there is one.
 
     So nothing compiles in the middle of serving. Where no cache directory can be written (a read-only
@@ -42,15 +42,15 @@ def _compiled(signature: Any) -> Callable[[Kernel], Kernel]:
 
     def decorate(function: Kernel) -> Kernel:
         try:
-            compiled: Kernel = njit(signature, nogil=True, cache=True)(function)
+            kernel: Kernel = njit(signature, nogil=True, cache=True)(function)
         except (RuntimeError, OSError):
-            compiled = njit(signature, nogil=True)(function)
-        return compiled
+            kernel = njit(signature, nogil=True)(function)
+        return kernel
 
     return decorate
 
 
-@_compiled(_SPLIT)
+@compiled(_SPLIT)
 def split_2_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
     """Split bfloat16 or float16: the high byte of each rotated element to `plane`, the low one to `rest`."""
     for row in range(raw.shape[0]):
@@ -61,7 +61,7 @@ def split_2_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
                 low[i] = x[2 * i] << 1 | x[2 * i + 1] >> 7
 
 
-@_compiled(_MERGE)
+@compiled(_MERGE)
 def merge_2_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
     """Fill `raw` from what `split_2_byte` made of it."""
     for row in range(raw.shape[0]):
@@ -72,7 +72,7 @@ def merge_2_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
                 x[2 * i + 1] = low[i] << 7 | high[i] >> 1
 
 
-@_compiled(_SPLIT)
+@compiled(_SPLIT)
 def split_4_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
     """Split float32: the highest byte of each rotated element to `plane`, the others to `rest`.
 
@@ -90,7 +90,7 @@ def split_4_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
                 byte0[i] = x[4 * i] << 1 | x[4 * i + 3] >> 7
 
 
-@_compiled(_MERGE)
+@compiled(_MERGE)
 def merge_4_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
     """Fill `raw` from what `split_4_byte` made of it."""
     for row in range(raw.shape[0]):
@@ -105,7 +105,7 @@ def merge_4_byte(raw: Bytes, plane: Bytes, rest: Bytes) -> None:
                 x[4 * i + 3] = byte0[i] << 7 | byte3[i] >> 1
 
 
-@_compiled(_SPLIT_NIBBLES)
+@compiled(_SPLIT_NIBBLES)
 def split_nibbles(flip: int, raw: Bytes, plane: Bytes, rest: Bytes) -> None:
     """Split float8 or int8: high nibbles of the rotated elements to `plane`, low ones to `rest`.
 
@@ -136,7 +136,7 @@ def split_nibbles(flip: int, raw: Bytes, plane: Bytes, rest: Bytes) -> None:
                     low[i] = a & 0x0F | b << 4
 
 
-@_compiled(_MERGE_NIBBLES)
+@compiled(_MERGE_NIBBLES)
 def merge_nibbles(flip: int, raw: Bytes, plane: Bytes, rest: Bytes) -> None:
     """Fill `raw` from what `split_nibbles` made of it; same arguments."""
     d, bits = PAIR_DISTANCE, np.uint8(flip)

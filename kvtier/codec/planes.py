@@ -12,6 +12,7 @@ import zstandard
 
 from kvtier.codec import kernels
 from kvtier.codec.kernels import Bytes
+from kvtier.errors import CorruptBlock
 from kvtier.layout import ITEM_BYTES, BlockLayout
 
 if sys.version_info >= (3, 14):
@@ -48,6 +49,35 @@ def huffman_only() -> Compress:
 def level_1() -> Compress:
     """Make a compressor for bytes of unknown meaning, which may well repeat."""
     return zstandard.ZstdCompressor(level=1).compress
+
+
+def frame_cuts(part_bytes: int, parts: int) -> list[int]:
+    """Return where a plane is cut into frames: each part (K, V) into equal ones, the last maybe shorter."""
+    frames = -(-part_bytes // MAX_FRAME_BYTES)
+    step = -(-part_bytes // frames)
+    return [part * part_bytes + start for part in range(parts) for start in range(0, part_bytes, step)] + [
+        parts * part_bytes
+    ]
+
+
+def decompressor() -> zstandard.ZstdDecompressor:
+    """Make a decompressor of single frames; not for several threads at once."""
+    return zstandard.ZstdDecompressor(max_window_size=MAX_FRAME_BYTES)
+
+
+def decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, out: memoryview) -> None:
+    """Decompress one frame, which has to fill `out` exactly.
+
+    Raises:
+        CorruptBlock: It does not.
+    """
+    try:
+        content_bytes = zstandard.frame_content_size(frame)
+        if content_bytes == len(out) == decompressor.stream_reader(frame).readinto(out):
+            return
+    except zstandard.ZstdError as error:
+        raise CorruptBlock(f"not a zstd frame: {error}") from error
+    raise CorruptBlock(f"a zstd frame of {content_bytes} bytes instead of {len(out)}")
 
 
 @dataclass(frozen=True, slots=True)

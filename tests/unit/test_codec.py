@@ -245,4 +245,4 @@ def test_kernels_compile_where_nothing_can_be_cached(
         return compile_
 
     monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels._compiled("signature")(print) == (print, "signature", True)
+    assert kernels.compiled("signature")(print) == (print, "signature", True)

@@ -35,6 +35,8 @@ def small_cases() -> dict[str, tuple[BlockLayout, bytes]]:
     text = (b"the same words again and again; " * 200)[:5000]
     return {
         "bf16": (layout, bf16),
+        "heads": (BlockLayout("bfloat16", 4, 2, 2, 512, head_dim=32), with_escape(bf16)),
+        "fp8 heads": (BlockLayout("float8_e4m3fn", 8, 2, 2, 1024, head_dim=64), fp8),
         "fp8": (BlockLayout("float8_e4m3fn", 8, 2, 2, 1024), fp8),
         "int8": (BlockLayout("int8", 8, 2, 2, 1024), bytes([0, 1, 255, 2] * 1024)),
         "fp32": (BlockLayout("float32", 8, 1, 2, 512), np.linspace(1, 1.5, 1024, dtype=np.float32).tobytes()),
@@ -42,6 +44,13 @@ def small_cases() -> dict[str, tuple[BlockLayout, bytes]]:
         "noise": (BlockLayout("bfloat16", 8, 1, 1, 1000), random.Random(4).randbytes(2000)),
         "frames": (BlockLayout("uint8", 8, 1, 1, 300_000), bytes(300_000)),
     }
+
+
+def with_escape(bf16: bytes) -> bytes:
+    """Four elements that are zero: their exponents are far below the others of their channels."""
+    values = np.frombuffer(bf16, np.uint16).copy()
+    values[[5, 300, 301, 2047]] = 0
+    return values.tobytes()
 
 
 CASES = small_cases()
