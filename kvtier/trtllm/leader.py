@@ -9,17 +9,23 @@ from typing import Any
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier.trtllm.adapters import Adapters
 from kvtier.trtllm.fields import as_int
 from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.interface import KvCacheConnectorScheduler
 from kvtier.trtllm.meta import EVERY_PASS, ConnectorMeta, Load, Pages, Save
+from kvtier.trtllm.offers import Offers
 from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported, token_array
 from kvtier.trtllm.running import RunningSaves
 from kvtier.trtllm.runtime import LEADER, Ready, Runtime, join
 from kvtier.trtllm.table import RequestTable
 
 _log = logging.getLogger(__name__)
+
+
+_Grown = tuple[int, RequestState, int]
+"""A request's id, its state, and its whole blocks, of which some are new."""
 
 
 def _no_saves() -> tuple[Save, ...]:
@@ -44,6 +50,8 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         self._session = secrets.randbits(62) | 1
         self._runtime: Runtime = join(llm_args, LEADER, self._session)
         self._requests = RequestTable()
+        self._adapters = Adapters()
+        self._offers = Offers()
         self._running = RunningSaves()
         self._hashes: HashCache | None = None
         self._nothing = ConnectorMeta(self._session)
@@ -112,15 +120,15 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         try:
             windows = ready is not None and any(group.window is not None for group in ready.groups)
             behind = self._running.begin(scheduler_output, windows)
-            scheduled = self._advance(scheduler_output)
-            loads = tuple([self._keep_promise(state, ready) for _, state, _ in scheduled if state.promise])
+            promised, grown = self._advance(scheduler_output)
+            loads = tuple([self._keep_promise(state, ready) for state in promised])
         except Exception as error:
             if isinstance(error, BrokenPromise) or self._requests.promised():
                 raise BrokenPromise(f"promised blocks cannot be loaded: {error}") from error
             self._counters.add("errors_build_connector_meta")
             log_once(_log, "build", "the engine's batch cannot be read, nothing of it is cached: %r", error)
             return self._nothing._replace(behind=behind)
-        saves = self._saves(scheduled, ready) if ready else ()
+        saves = self._saves(grown, ready) if ready and (grown or self._offers) else ()
         self._sweep(ready)
         if not (loads or saves or behind):
             return self._nothing
@@ -160,12 +168,13 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
 
     def _meet(self, request: Any, ready: Ready) -> RequestState:
         """Return the state of a request, a new one if its identity is not what it was."""
-        identity = Identity.of(request)
+        identity = Identity.of(request, self._adapters)
         note_unsupported(identity)
         state = self._requests.hear(request.request_id)
         if state is None or state.identity != identity:
             if state is not None:
                 self._drop_promise(state, ready)
+                self._offers.drop(state, ready.store)
             size = ready.store.layout.tokens_per_block
             if self._hashes is None or self._hashes.tokens_per_block != size:
                 self._hashes = HashCache(size)
@@ -182,21 +191,31 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             state = self._meet(request, ready)
         else:
             state.request = request
-            if Identity.of(request) != state.identity:
+            if Identity.of(request, self._adapters) != state.identity:
                 # The engine's Python object knows more than the C++ one that the promise was made to.
                 state.identity = None
         state.see_allocation(pages)
 
-    def _advance(self, scheduler_output: Any) -> list[tuple[int, RequestState, int]]:
-        """Take the coming pass into its requests' states; returns these with their valid tokens after it."""
-        scheduled = []
+    def _advance(self, scheduler_output: Any) -> tuple[list[RequestState], list[_Grown]]:
+        """Take the coming pass into its requests' states.
+
+        Returns:
+            Those that something is promised to, and those with blocks that are whole after the pass and were
+            not offered to the store.
+        """
+        promised: list[RequestState] = []
+        grown: list[_Grown] = []
+        # This runs for each request of each pass.
+        states, now, turn = self._requests.states, self._requests.clock(), self._running.number
         for name in ("new_requests", "cached_requests"):
+            is_new = name == "new_requests"
             for data in getattr(scheduler_output, name, None) or ():
-                state = self._requests.hear(data.request_id)
+                state = states.get(data.request_id)
                 if state is None:
                     continue
+                state.seen, state.turn = now, turn
                 try:
-                    valid = state.advance(data, is_new=name == "new_requests")
+                    valid = state.advance(data, is_new=True) if is_new else state.step(data)
                 except Exception as error:
                     if state.promise:
                         raise
@@ -204,8 +223,12 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
                     log_once(_log, "advance", "a request cannot be followed, it is not cached: %r", error)
                     self._requests.pop(data.request_id)
                     continue
-                scheduled.append((data.request_id, state, valid))
-        return scheduled
+                if state.promise is not None:
+                    promised.append(state)
+                blocks = valid // state.tokens_per_block
+                if blocks > state.handled and state.identity is not None:
+                    grown.append((data.request_id, state, blocks))
+        return promised, grown
 
     def _keep_promise(self, state: RequestState, ready: Ready | None) -> Load:
         """Turn a promise into the order to load it.
@@ -222,8 +245,12 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         if promise is None or ready is None:
             raise BrokenPromise("their store is closed")
         blocks = range(promise.first, promise.first + len(promise.slots))
-        if not ready.store.hold(promise.lease):
+        until = ready.store.hold(promise.lease)
+        if not until:
             promise = self._promise_again(state, promise, ready)
+            until = ready.store.hold(promise.lease)
+            if not until:
+                raise BrokenPromise("their lease is over before it began")
         orders: list[tuple[int, Pages]] = []
         for block, slot in zip(blocks, promise.slots, strict=True):
             pages = state.pages_of(block, ready.groups)
@@ -234,7 +261,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             orders.append((slot, pages))
         self._counters.add("loaded_tokens", len(orders) * state.tokens_per_block)
         state.promise = state.request = None
-        return Load(promise.lease, tuple(orders))
+        return Load(promise.lease, until, tuple(orders))
 
     def _promise_again(self, state: RequestState, promise: Promise, ready: Ready) -> Promise:
         """Find promised blocks whose lease has run out: the engine took a minute from lookup to load."""
@@ -245,56 +272,14 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         return Promise(match.lease, promise.first, match.slots)
 
     @shielded(_no_saves)
-    def _saves(self, scheduled: Sequence[tuple[int, RequestState, int]], ready: Ready) -> tuple[Save, ...]:
+    def _saves(self, grown: Sequence[_Grown], ready: Ready) -> tuple[Save, ...]:
         saves: list[Save] = []
-        try:
-            for request_id, state, valid in scheduled:
-                if state.identity and valid // state.tokens_per_block > state.handled:
-                    before = len(saves)
-                    self._offer(state, valid // state.tokens_per_block, ready, saves)
-                    if len(saves) > before:
-                        self._running.note(request_id)
-        except Exception:
-            ready.store.abort([save.ticket for save in saves])
-            raise
+        for request_id, ordered in self._offers.orders(
+            grown, ready.store, ready.groups, self._running.number
+        ):
+            self._running.note(request_id)
+            saves += ordered
         return tuple(saves)
-
-    def _offer(self, state: RequestState, blocks: int, ready: Ready, saves: list[Save]) -> None:
-        """Reserve slots for those of the leading `blocks` blocks that were not offered yet.
-
-        Blocks that were matched or loaded are offered too, once: what fell out of the arena comes back.
-        """
-        hashes = state.hash_through(blocks)
-        run: list[Pages] = []
-        for block in range(state.handled, blocks):
-            pages = state.pages_of(block, ready.groups)
-            if pages is None:
-                break
-            state.handled = block + 1
-            if state.can_save(block, pages, ready.groups):
-                run.append(pages)
-            else:
-                self._reserve(state, block, hashes, run, ready, saves)
-        self._reserve(state, state.handled, hashes, run, ready, saves)
-
-    def _reserve(
-        self,
-        state: RequestState,
-        end: int,
-        hashes: Sequence[bytes],
-        run: list[Pages],
-        ready: Ready,
-        saves: list[Save],
-    ) -> None:
-        """Reserve slots for the run of blocks that ends before `end`, and empty it."""
-        if not run:
-            return
-        first = end - len(run)
-        tickets = ready.store.reserve(state.hash_before(first), first, hashes[first:end])
-        saves += [
-            Save(ticket, pages) for ticket, pages in zip(tickets, run, strict=True) if ticket is not None
-        ]
-        run.clear()
 
     def _finish(self, request: Any, pages: list[list[int]]) -> bool:
         state, ready = self._requests.pop(request.request_id), self._runtime.ready
@@ -303,14 +288,11 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         self._drop_promise(state, ready)
         tokens = token_array(request.get_tokens(0))
         if state.identity is None or not state.continues_in(tokens):
+            self._offers.drop(state, ready.store)
             return False
         state.tokens, state.pages = tokens, pages
-        saves: list[Save] = []
-        try:
-            self._offer(state, state.settled(len(tokens)) // state.tokens_per_block, ready, saves)
-        except Exception:
-            ready.store.abort([save.ticket for save in saves])
-            raise
+        whole = state.settled(len(tokens)) // state.tokens_per_block
+        saves = self._offers.last(request.request_id, state, whole, ready.store, ready.groups)
         if saves and not self._runtime.add_tail(request.request_id, saves):
             self._counters.add("tails_not_told")
             ready.store.abort([save.ticket for save in saves])

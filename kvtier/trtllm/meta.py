@@ -19,10 +19,12 @@ class Load(NamedTuple):
 
     Attributes:
         lease: The claim on the slots; each shard releases it when its copies are done.
+        until: When it ends, on `time.monotonic`'s clock, which the processes of a node share; mostly never.
         blocks: Slot and pages of each block.
     """
 
     lease: int
+    until: float
     blocks: tuple[tuple[int, Pages], ...]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from kvtier._logging import log_once
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
-from kvtier.trtllm.fields import as_int, as_list, dig, is_given
+from kvtier.trtllm.adapters import Adapters
+from kvtier.trtllm.fields import as_int, as_list, as_text, dig, is_given
 from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.meta import Pages
 from kvtier.trtllm.pool import NO_PAGE, PageGroup
@@ -42,23 +43,28 @@ class Identity:
 
     Attributes:
         salt: The cache salt (text on main, an integer on 1.3), None without.
-        lora: The LoRA task, None without.
+        lora: The name of the LoRA adapter, None without.
         items: The multimodal items of the prompt, in order.
     """
 
     salt: str | int | None = None
-    lora: int | None = None
+    lora: str | None = None
     items: tuple[MultimodalItem, ...] = ()
 
     @classmethod
-    def of(cls, request: object) -> Identity | None:
-        """Read a request; None if its KV must be neither served from nor saved to the store."""
+    def of(cls, request: object, adapters: Adapters) -> Identity | None:
+        """Read a request; None if its KV must be neither served from nor saved to the store, at least now."""
         if any(is_given(getattr(request, name, None)) for name in _WHOLE_PROMPT_OUTPUTS):
             return None
         items = _multimodal_items(request)
         if items is None:
             return None
-        return cls(salt_of(request), as_int(getattr(request, "lora_task_id", None)), items)
+        lora, lora_id = None, as_int(getattr(request, "lora_task_id", None))
+        if lora_id is not None:
+            lora = adapters.name(lora_id, as_text(getattr(request, "py_lora_path", None)))
+            if lora is None:
+                return None
+        return cls(salt_of(request), lora, items)
 
 
 def salt_of(source: object) -> str | int | None:
@@ -124,10 +130,13 @@ class RequestState:
             the following prefill; None before it.
         computed: Leading tokens whose KV stood in the pool before the pass that was scheduled last.
         fresh: First block whose page was reported with that pass.
-        handled: Leading blocks that need no more thought about saving.
+        handled: Leading blocks that slots were asked for, or that cannot be saved.
+        placement: Goes up whenever its blocks may lie in other pages than before.
+        turn: The last pass that it was scheduled in.
         promise: What is promised and not yet loaded.
         request: The engine's object, while a promise is open.
         seen: When the request was last heard of, monotonic seconds.
+        looked_at: When that was last looked at.
     """
 
     identity: Identity | None
@@ -140,9 +149,12 @@ class RequestState:
     computed: int = 0
     fresh: int = 0
     handled: int = 0
+    placement: int = 0
+    turn: int = 0
     promise: Promise | None = None
     request: Any = None
     seen: float = 0.0
+    looked_at: float = 0.0
     _reported: list[int] = field(default_factory=list)
     _cache: HashCache | None = None
 
@@ -173,6 +185,7 @@ class RequestState:
         if not self.continues_in(tokens):
             self.hashes.clear()
             self.handled = 0
+            self.placement += 1
         self.tokens = tokens
 
     def continues_in(self, tokens: array[int]) -> bool:
@@ -183,6 +196,7 @@ class RequestState:
         """Take the pages of a new allocation, by layer group; all tokens are prefilled anew."""
         self.pages = pages
         self.prompt = None
+        self.placement += 1
 
     def hash_through(self, blocks: int) -> list[bytes]:
         """Hash up to `blocks` whole blocks of the tokens known, and return all hashes so far."""
@@ -222,16 +236,37 @@ class RequestState:
         if is_new:
             self.see_tokens(token_array(data.new_tokens))
             self.prompt, self._reported = None, []
+            self.placement += 1
         else:
             self.tokens.extend(data.new_tokens)
         if self.prompt is None:
             self.prompt = len(self.tokens)
+            if self.identity and salt_of(data) not in (None, self.identity.salt):
+                self.identity = None
         grouped = self._take_pages(data, is_new)
-        if self.identity and salt_of(data) not in (None, self.identity.salt):
-            self.identity = None
         self.computed = self._computed(as_int(data.computed_position) or 0, grouped)
         scheduled = as_int(getattr(data, "num_scheduled_tokens", None))
         return min(self._valid_after(scheduled), len(self.tokens))
+
+    def step(self, data: Any) -> int:
+        """Do what `advance` does for a request that was scheduled before; quickly where it only decodes."""
+        position = data.computed_position
+        if (
+            self.prompt is None
+            or self.promise is not None
+            or data.new_block_ids
+            or getattr(data, "new_block_ids_by_layer_group", None)
+            or not len(self._reported) == len(self.pages) == 1
+            or type(position) is not int
+        ):
+            return self.advance(data, is_new=False)
+        tokens = self.tokens
+        tokens.extend(data.new_tokens)
+        self.fresh = self._reported[0]
+        self.computed = position if position > 0 else 0
+        scheduled = getattr(data, "num_scheduled_tokens", None)
+        valid = self.computed + 1 if scheduled == 1 else self._valid_after(as_int(scheduled))
+        return min(valid, len(tokens))
 
     def settled(self, total: int) -> int:
         """Return how many leading tokens of a finished request with `total` tokens have valid KV.

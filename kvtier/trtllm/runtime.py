@@ -26,7 +26,7 @@ from kvtier.trtllm.shared import SharedStore, attach_store, share_store
 _log = logging.getLogger(__name__)
 
 TAIL_SECONDS = 60.0
-"""What a worker did not ask for by then it is not given any more: the engine must have dropped the request."""
+"""What a worker did not ask for by then it is not given any more: the engine has dropped the request."""
 
 LEADER = -1
 """The leader's place among the members; workers have their rank."""

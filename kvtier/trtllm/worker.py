@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -50,6 +52,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         # Number of the pass that is bound, and of the last one whose saves must come before it.
         self._number = self._behind = 0
         self._saved_tails: list[int] = []
+        self._clock: Callable[[], float] = time.monotonic
         self._stream: Any = None
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
@@ -190,13 +193,30 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         if store is None or self._transfers is None:
             raise BrokenPromise("blocks were promised, and their store is closed")
         blocks = [block for load in loads for block in load.blocks]
-        done = partial(self._loaded, store, [load.lease for load in loads], len(blocks))
+        until = min(load.until for load in loads)
+        done = partial(self._loaded, store, [load.lease for load in loads], len(blocks), until)
+        self._check(until)
         self._transfers.load(stream, self._with_addresses(store, blocks), done)
+        self._check(until)
 
-    def _loaded(self, store: StoreClient, leases: Sequence[int], blocks: int, _made: bool) -> None:
+    def _loaded(
+        self, store: StoreClient, leases: Sequence[int], blocks: int, until: float, _made: bool
+    ) -> None:
         for lease in leases:
             store.release(lease, self._rank)
+        self._check(until)
         self._counters.add("loaded_blocks", blocks)
+
+    def _check(self, until: float) -> None:
+        """Make sure that slots still have what was promised; while the agent hangs, leases have an end.
+
+        Raises:
+            BrokenPromise: They may have been given away.
+        """
+        if until != math.inf and self._clock() >= until:
+            raise BrokenPromise(
+                "their lease ended before they were copied: this process or the agent stood still"
+            )
 
     def _save(self, saves: Sequence[Save], then: Callable[[], None], number: int) -> None:
         """Start copying blocks to their slots; commits and calls `then` when the copies have ended."""

@@ -37,6 +37,23 @@ def outputs(engine: Engine, wanted: list[Request]) -> list[list[int]]:
     return [engine.output(request_id) for request_id in ids]
 
 
+class FlakyReservation:
+    """An answer that is not there at first, and has less than it could."""
+
+    def __init__(self, store, granted, rng: random.Random) -> None:
+        self._store = store
+        self._granted = granted
+        self._rng = rng
+
+    def take(self, wait=False):
+        if not wait and self._rng.random() < 0.6:
+            return None
+        tickets = self._granted.take()
+        lost = [ticket for ticket in tickets if ticket is not None and self._rng.random() < 0.3]
+        self._store.abort(lost)
+        return [None if ticket in lost else ticket for ticket in tickets]
+
+
 class FlakyStore:
     """A store whose lookups and reservations fail, or find nothing, at random moments."""
 
@@ -52,13 +69,10 @@ class FlakyStore:
             raise OSError("the store is gone")
         return Match() if self._rng.random() < 0.2 else self._store.match(hashes, wait)
 
-    def reserve(self, parent, position, hashes):
+    def reserve_soon(self, runs):
         if self._rng.random() < 0.2:
             raise TimeoutError("the store is slow")
-        tickets = self._store.reserve(parent, position, hashes)
-        lost = [ticket for ticket in tickets if ticket is not None and self._rng.random() < 0.3]
-        self._store.abort(lost)
-        return [None if ticket in lost else ticket for ticket in tickets]
+        return [FlakyReservation(self._store, one, self._rng) for one in self._store.reserve_soon(runs)]
 
     def stats(self):
         if self._rng.random() < 0.2:

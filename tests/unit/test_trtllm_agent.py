@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import yaml
@@ -53,18 +55,26 @@ def test_replicated_kv_is_stored_once_and_read_by_all_ranks(agent, monkeypatch, 
         leader.update_state_after_alloc(request, pages)
         scheduled = len(PROMPT) if computed else 1
         data = RequestData12(request.request_id, PROMPT, pages, 0, scheduled)
-        meta = leader.build_connector_meta(SchedulerOutput([data]))
+        iterate(SchedulerOutput([data]), pages[:5] if computed else ())
+
+    def iterate(output: SchedulerOutput, computed: Sequence[int] = ()) -> None:
+        meta = leader.build_connector_meta(output)
         for rank, kv_worker in enumerate(workers):
             kv_worker.bind_connector_meta(meta)
             kv_worker.start_load_kv(None)
-            for page in pages[:5] if computed else ():
+            for page in computed:
                 rows(rank, page).copy_(content(tag(rank, page), rows(rank, page).numel()))
             kv_worker.wait_for_save(None)
+
+    def saved(request: FakeRequest) -> bool:
+        # One more pass: the agent's answer is used when the request is scheduled next.
+        iterate(SchedulerOutput([], [RequestData12(request.request_id, [], [], len(PROMPT) - 1, 1)]))
+        return opened.store.stats().get("saved_blocks") == 5
 
     first = FakeRequest(1, PROMPT)
     assert leader.get_num_new_matched_tokens(first, 0) == (0, False)
     run(first, list(range(6)), computed=True)
-    eventually(lambda: opened.store.stats().get("saved_blocks") == 5, "the blocks are readable")
+    eventually(lambda: saved(first), "the blocks are readable")
     second = FakeRequest(2, PROMPT)
     assert leader.get_num_new_matched_tokens(second, 0) == (5 * SIZE, False)
     run(second, list(range(6, 12)), computed=False)
