@@ -29,6 +29,7 @@ class SharedStore:
         pinned: The registration of its memory, None where there is none or a client keeps it.
         mailbox: What ranks in other processes are reached through, None where there are none.
         flush_seconds: What the end may take to write what is pending; the rest is lost to the next process.
+        device: The GPU that copies from and to the store's memory, None where there is none.
     """
 
     store: StoreClient
@@ -37,10 +38,11 @@ class SharedStore:
     mailbox: AgentClient | None = None
     # The agent writes what is pending when this process is gone: there is nothing to wait for.
     flush_seconds: float = 0.0
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         """Arrange for the end."""
-        self._end = weakref.finalize(self, _close, self.store, self.pinned, self.flush_seconds)
+        self._end = weakref.finalize(self, _close, self.store, self.pinned, self.flush_seconds, self.device)
 
     def close(self) -> None:
         """Flush and close now; a second call does nothing."""
@@ -83,8 +85,9 @@ def share_store(
         shared = _open.get(key)
         if shared is None:
             store = open_store(config, namespace, layout)
+            pinned = _pin_arena(store, device)
             shared = SharedStore(
-                store, namespace, _pin_arena(store, device), flush_seconds=config.flush_timeout
+                store, namespace, pinned, flush_seconds=config.flush_timeout, device=_gpu(device)
             )
             _open[key] = shared
         return shared
@@ -122,7 +125,11 @@ def attach_store(
         wait=0.0,
         deadlines=DEADLINES,
     )
-    return SharedStore(client, namespace, None, client)
+    return SharedStore(client, namespace, None, client, device=_gpu(device))
+
+
+def _gpu(device: torch.device) -> torch.device | None:
+    return device if device.type == "cuda" else None
 
 
 def _pin_mapped(device: torch.device, buffer: memoryview) -> Callable[[], None] | None:
@@ -143,7 +150,13 @@ def _pin_arena(store: StoreClient, device: torch.device) -> PinnedMemory | None:
     return pin(memory.buffer(), device)
 
 
-def _close(store: StoreClient, pinned: PinnedMemory | None, seconds: float) -> None:
+def _close(
+    store: StoreClient, pinned: PinnedMemory | None, seconds: float, device: torch.device | None
+) -> None:
+    if device is not None:
+        # Whoever gets these slots next must not be written over by copies that nobody waits for any more.
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
     if pinned is not None:
         _unpin(pinned)
     store.close(seconds)

@@ -1,0 +1,119 @@
+"""Pages reused as fast as they are freed, on a GPU whose streams sleep at random: no byte may be wrong."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvtier.gpu.copies import CudaCopies  # noqa: E402
+from kvtier.trtllm.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
+from tests.stress_support import MUTILATED, PAGES, SLOTS, Stress  # noqa: E402
+from tests.trtllm_support import memory_stores, write_config  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ROW = 128 * 1024
+"""Blocks of 1 MiB."""
+
+SEED = int(time.time())
+MILLISECOND = 1_500_000
+"""Clock cycles, about."""
+
+
+class RealGpu:
+    """Kernels on streams, with sleeps of up to two milliseconds."""
+
+    def __init__(self, rng: random.Random, default_stream: bool) -> None:
+        self._rng = rng
+        self.engine = torch.cuda.default_stream() if default_stream else torch.cuda.Stream()
+
+    def run(self, stream, kernel) -> None:
+        with torch.cuda.stream(stream):
+            kernel()
+
+    def sleep(self, stream) -> None:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(self._rng.randrange(2 * MILLISECOND))
+
+    def synchronize(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+class SleepyMover:
+    """Lets a stream sleep before some copies."""
+
+    def __init__(self, mover: Mover, gpu: RealGpu, rng: random.Random) -> None:
+        self._mover, self._gpu, self._rng = mover, gpu, rng
+
+    def load(self, blocks: Blocks, stream: int) -> None:
+        self._maybe_sleep(stream)
+        self._mover.load(blocks, stream)
+
+    def save(self, blocks: Blocks, stream: int) -> None:
+        self._maybe_sleep(stream)
+        self._mover.save(blocks, stream)
+
+    def _maybe_sleep(self, stream: int) -> None:
+        if self._rng.random() < 0.5:
+            self._gpu.sleep(torch.cuda.ExternalStream(stream))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_loaded():
+    """Kernels are loaded when they first run, and that waits for the whole GPU."""
+    words = torch.zeros(2, 1024, dtype=torch.int64, device="cuda")
+    torch.bitwise_xor(words[0], 5, out=words[1])
+    words[0].fill_(-1)
+    total = torch.zeros((), dtype=torch.int64, device="cuda")
+    total += (words[0] != torch.bitwise_xor(words[1], 5)).any()
+    torch.cuda._sleep(1000)
+    torch.cuda.synchronize()
+
+
+def stress(
+    kind: type[CudaTransfers], seed: int, monkeypatch, tmp_path, iterations: int, default_stream: bool = False
+) -> tuple[int, Stress]:
+    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    gpu = RealGpu(rng, default_stream)
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = torch.full((PAGES, 2, 2, ROW), -1, dtype=torch.int16, device=device).view(torch.bfloat16)
+
+    def transfers(page_map) -> CudaTransfers:
+        mover = SleepyMover(RawMover(page_map, CudaCopies(device)), gpu, rng)
+        return kind(mover, torch.cuda.Stream(device), torch.cuda.Stream(device))
+
+    with memory_stores(monkeypatch, slots=SLOTS):
+        world = Stress(gpu, pool, transfers, rng)
+        torch.cuda.synchronize()
+        # Nothing that the engine's thread calls may wait for the GPU.
+        torch.cuda.set_sync_debug_mode("error")
+        wrong = world.run(iterations)
+        world.rig.worker.close()
+        return wrong, world
+
+
+@pytest.mark.parametrize("default_stream", [False, True])
+@pytest.mark.parametrize("offset", range(3))
+def test_every_byte_is_right(offset, default_stream, monkeypatch, tmp_path):
+    wrong, world = stress(CudaTransfers, SEED + offset, monkeypatch, tmp_path, 250, default_stream)
+    assert wrong == 0
+    counts, stats = world.counts, world.rig.worker.stats()
+    assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 20
+    assert world.rig.leader.stats()["store_leases"] == 0
+    assert world.rig.leader.stats()["store_filling_slots"] == 0
+
+
+@pytest.mark.parametrize("kind", MUTILATED)
+def test_without_one_of_the_orders_bytes_go_wrong(kind, monkeypatch, tmp_path):
+    """Shows that the test above can fail, and each order is needed."""
+    assert any(stress(kind, SEED + offset, monkeypatch, tmp_path, 150)[0] for offset in range(12))
