@@ -14,6 +14,7 @@ from kvtier.tiers.s3.compaction import FEWEST_SEGMENTS, GRACE, Compactor
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import read_segment, write_segments
+from kvtier.tiers.s3.tombstone import read_tombstone, write_tombstone
 from tests.s3_support import NAMESPACE, FakeBucket
 from tests.unit.test_index import make_pack
 
@@ -33,6 +34,13 @@ class Place:
         for number, pack in self.packs.items():
             self.publish(START - HOUR + number * 10**9, pack)
 
+    def bury(self, time_ns: int, *numbers: int) -> str:
+        """Write a tombstone of packs."""
+        key = KEYS.new_tombstone(time_ns)
+        names = [self.packs[number].name for number in numbers]
+        self.bucket.objects[key] = write_tombstone(names, time_ns, NAMESPACE.id)
+        return key
+
     def publish(self, time_ns: int, *packs: object) -> str:
         [body] = write_segments(PackTable.of(packs), NAMESPACE.id)
         key = KEYS.new_segment(time_ns)
@@ -46,6 +54,10 @@ class Place:
         """What a node that starts now would know: each pack and the length of its first block."""
         found = {}
         for key in self.bucket.keys("index"):
+            if key.endswith(".kvt"):
+                for name in read_tombstone(self.bucket.objects[key], NAMESPACE.id).names:
+                    found.pop(name, None)
+                continue
             table = read_segment(self.bucket.objects[key], NAMESPACE.id, MAX_BLOCK)
             for place in range(len(table)):
                 pack = table.pack(place)
@@ -96,6 +108,44 @@ def test_of_two_entries_for_a_pack_the_later_one_is_kept() -> None:
         place.now += 2 * GRACE
     assert len(place.bucket.keys("index")) == 1
     assert place.known()[make_pack(3, [1]).name] == 77
+
+
+def test_what_tombstones_name_stays_out_and_young_tombstones_stay() -> None:
+    """Nodes must not take what is being deleted for packs that nobody has listed."""
+    place = Place()
+    young = place.bury(START - HOUR // 2, 3, 9)
+    back = place.publish(START - HOUR // 4, place.packs[9])
+    truth = place.known()
+    assert place.packs[3].name not in truth
+    for _ in range(2):
+        place.compactor().run()
+        assert place.known() == truth
+        place.now += GRACE + 120 * 10**9
+    keys = place.bucket.keys("index")
+    assert young in keys
+    assert back not in keys
+    assert len(keys) == 2
+
+
+def test_old_tombstones_go_with_all_that_they_speak_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place()
+    place.compactor().run()
+    place.now += 2 * GRACE
+    place.compactor().run()
+    [large] = place.bucket.keys("index")
+    monkeypatch.setattr("kvtier.tiers.s3.compaction.SMALL_BYTES", len(place.bucket.objects[large]) - 1)
+    place.bury(place.now, 3, 9)
+    for number in range(FEWEST_SEGMENTS):
+        place.publish(place.now + number * 10**9, make_pack(1000 + number, [20_000 + number]))
+    truth = place.known()
+    place.now += 5 * GRACE
+    for _ in range(2):
+        place.compactor().run()
+        assert place.known() == truth
+        place.now += 2 * GRACE
+    [key] = place.bucket.keys("index")
+    assert key.endswith(".kvi")
+    assert place.packs[3].name not in place.known()
 
 
 @pytest.mark.parametrize("conditional", [True, False])

@@ -211,10 +211,13 @@ class Collector:
     def _publish(self, survey: Survey, packs: Sequence[Pack]) -> None:
         if packs:
             for body in write_segments(PackTable.of(packs), bytes.fromhex(survey.name)):
-                self._bucket.put(survey.keys.new_segment(self._now()), body)
+                when = self._after(survey, (pack.name for pack in packs))
+                self._bucket.put(survey.keys.new_segment(when), body)
 
-    def _now(self) -> int:
-        return int(self._bucket.server_time() * 1e9)
+    def _after(self, survey: Survey, names: Iterable[bytes]) -> int:
+        """Return the time for what is said of packs now: it sorts after all that was said of them before."""
+        said = (survey.said.get(name, 0) + 1 for name in names)
+        return max(int(self._bucket.server_time() * 1e9), *said)
 
     def _revive(self, survey: Survey, packs: Iterable[StoredPack]) -> int:
         known = [pack for stored in packs if (pack := survey.buried_index.pack(stored.name)) is not None]
@@ -243,10 +246,9 @@ class Collector:
             names += survey.gone
             for start in range(0, len(names), MAX_NAMES):
                 self._step(lease)
-                body = write_tombstone(
-                    names[start : start + MAX_NAMES], int(survey.taken * 1e9), bytes.fromhex(survey.name)
-                )
-                self._bucket.put(survey.keys.new_tombstone(self._now()), body)
+                some = names[start : start + MAX_NAMES]
+                body = write_tombstone(some, int(survey.taken * 1e9), bytes.fromhex(survey.name))
+                self._bucket.put(survey.keys.new_tombstone(self._after(survey, some)), body)
         if not self._grace:
             self._delete(plan, leaving, lease, done)
 

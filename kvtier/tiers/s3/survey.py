@@ -54,6 +54,7 @@ class Survey:
         buried: Packs that tombstones name, by name, as far as they are still in the bucket.
         graves: What their tombstones say.
         salts: Names of all packs that tombstones name, and the random parts of those tombstones' keys.
+        said: When the last segment or tombstone that names a pack says that it was written, in nanoseconds.
         gone: Names of packs that the index lists and the bucket lacks.
         recovered: Packs that no segment lists, from their footers.
         unreadable: Objects in the place of packs whose footer is of no use, and that no segment lists.
@@ -70,6 +71,7 @@ class Survey:
     buried_index: BlockIndex = field(default_factory=BlockIndex)
     graves: dict[bytes, Grave] = field(default_factory=dict)
     salts: dict[bytes, bytes] = field(default_factory=dict)
+    said: dict[bytes, int] = field(default_factory=dict)
     gone: list[bytes] = field(default_factory=list)
     recovered: list[Pack] = field(default_factory=list)
     unreadable: list[StoredPack] = field(default_factory=list)
@@ -117,14 +119,18 @@ def _read_index(bucket: Bucket, survey: Survey) -> tuple[PackTable, PackTable]:
     dead: dict[bytes, tuple[int, int]] = {}
     for item in list(bucket.list(keys.index)):
         found = _read_one(bucket, survey, item)
+        if found is None:
+            continue
+        names = found.names if isinstance(found, Tombstone) else found.names()
+        survey.said.update(dict.fromkeys(names, keys.index_time(item.key) or 0))
         if isinstance(found, Tombstone):
-            for pack in found.names:
+            for pack in names:
                 survey.salts[pack] = keys.tombstone_salt(item.key) or b""
                 survey.graves[pack] = Grave(found.since / 1e9, item.modified)
                 if (known := places.pop(pack, None)) is not None:
                     dead[pack] = known
-        elif found is not None:
-            for place, pack in enumerate(found.names()):
+        else:
+            for place, pack in enumerate(names):
                 places[pack] = (len(tables), place)
                 dead.pop(pack, None)
                 survey.graves.pop(pack, None)
