@@ -19,7 +19,7 @@ from kvtier.store.base import Granted, Match, Reservation, Run, ticket_slot
 from kvtier.store.leases import LeaseTable
 from kvtier.store.staging import Stager
 from kvtier.store.writing import CommittedBlock, WriteThrough
-from kvtier.tiers import Tier
+from kvtier.tiers import NotesUse, Tier
 from kvtier.tiers.memory import MemoryTier
 
 _log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class TieredStore:
         self.layout = layout
         self.memory = memory
         self._tiers = tuple(tiers)
+        self._note_use = [tier.note_use for tier in tiers if isinstance(tier, NotesUse)]
         self._lookup_wait = lookup_wait
         self._counters = Counters()
         codec = BlockCodec(layout, namespace.id)
@@ -190,6 +191,8 @@ class TieredStore:
         self._counters.add("missed_blocks", len(hashes) - len(slots))
         if not slots:
             return Match()
+        for note_use in self._note_use:
+            note_use(hashes[len(slots) - 1])
         lease = self._leases.grant(slots, holders or self.layout.shards, owner)
         return Match(lease, tuple(slots), sources)
 

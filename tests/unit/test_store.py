@@ -316,3 +316,22 @@ def test_a_tier_that_was_slow_once_is_waited_for_again():
         assert len(store.match([block], wait=PATIENT).slots) == 1
     assert len(store.match(hashes[4:], wait=PATIENT, block_cost=0.01 * PATIENT).slots) == 8
     store.close(5)
+
+
+def test_a_tier_that_wants_to_hears_of_hits_in_all_tiers_by_their_last_block():
+    class Curious(DictTier):
+        def __init__(self) -> None:
+            super().__init__("s3")
+            self.used: list[bytes] = []
+
+        def note_use(self, block_hash: bytes) -> None:
+            self.used.append(block_hash)
+
+    hashes = chain(4)
+    curious = Curious()
+    store = make_store([filled("disk", hashes[:3]), curious])
+    assert len(store.match(hashes, wait=PATIENT).slots) == 3
+    assert len(store.match(hashes[:2], wait=0).slots) == 2
+    assert store.match(chain(2, seed=9), wait=0).slots == ()
+    assert curious.used == [hashes[2], hashes[1]]
+    store.close(5)
