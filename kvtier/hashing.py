@@ -59,7 +59,9 @@ class MultimodalItem:
     length: int
 
 
-def chain_root(namespace: bytes, cache_salt: str | int | None = None, lora_id: int | None = None) -> bytes:
+def chain_root(
+    namespace: bytes, cache_salt: str | int | None = None, lora_id: int | str | None = None
+) -> bytes:
     """Return the 16 bytes that a chain starts from.
 
     Each part is tagged and length-prefixed, so that no two combinations share a root: a missing salt

@@ -66,6 +66,27 @@ def private_facts(model: str | None) -> dict[str, Any]:
     return {"private": _PRIVATE, "name": model}
 
 
+def adapter_digest(path: str) -> str:
+    """Digest a LoRA adapter: its weights, and its configuration.
+
+    Args:
+        path: A directory in PEFT's layout, or a file.
+
+    Raises:
+        OSError: It cannot be read.
+        FileNotFoundError: There are no weights.
+    """
+    place = Path(path).expanduser()
+    weights = [place] if place.is_file() else _weight_files(place)
+    if not weights:
+        raise FileNotFoundError(f"no weights in {place}")
+    facts = {
+        "config": _read_json(place / "adapter_config.json"),
+        "weights": {file.name: _describe_weight(file) for file in weights},
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def model_config(model: str | None, revision: str | None) -> Mapping[str, Any]:
     """Return the model's config.json, its text part where it has several, {} where it cannot be read."""
     try:
@@ -99,7 +120,6 @@ def _local_files(model: str, revision: str | None) -> Path | None:
 def _describe_files(place: Path) -> dict[str, Any]:
     if place.is_file():
         return {"weights": {place.name: _describe_weight(place)}}
-    found = sorted({file for pattern in WEIGHT_PATTERNS for file in place.glob(pattern) if file.is_file()})
     config = _read_json(place / "config.json")
     if isinstance(config, dict):
         config = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
@@ -107,11 +127,15 @@ def _describe_files(place: Path) -> dict[str, Any]:
         "config": config,
         "quantization": _read_json(place / "hf_quant_config.json"),
         "index": {file.name: _digest_whole(file) for file in sorted(place.glob("*.index.json"))},
-        "weights": {file.name: _describe_weight(file) for file in found},
+        "weights": {file.name: _describe_weight(file) for file in _weight_files(place)},
     }
     if place.parent.name == "snapshots":
         facts["revision"] = place.name
     return facts
+
+
+def _weight_files(place: Path) -> list[Path]:
+    return sorted({file for pattern in WEIGHT_PATTERNS for file in place.glob(pattern) if file.is_file()})
 
 
 def _read_json(file: Path) -> Any:

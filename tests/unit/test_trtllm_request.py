@@ -10,6 +10,7 @@ import pytest
 
 from kvtier.engine.versions import RequestData11, RequestData12, RequestDataMain
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
+from kvtier.trtllm.adapters import Adapters
 from kvtier.trtllm.pool import PageGroup
 from kvtier.trtllm.request import Identity, Promise, RequestState, salt_of
 from kvtier.trtllm.table import SILENCE_SECONDS, RequestTable
@@ -245,7 +246,7 @@ def test_salts_are_read_from_either_field_and_from_nothing_else():
 
 
 def test_identity_of_stand_ins_is_that_of_a_plain_request():
-    assert Identity.of(MagicMock()) == Identity.of(FakeRequest(1, [1])) == Identity()
+    assert Identity.of(MagicMock(), Adapters()) == Identity.of(FakeRequest(1, [1]), Adapters()) == Identity()
 
 
 @pytest.mark.parametrize("wrap", [list, tuple, np.array])
@@ -257,20 +258,20 @@ def test_multimodal_hashes_may_be_lists_or_arrays(wrap):
         multimodal_positions=wrap([3]),
         multimodal_lengths=[2],
     )
-    (item,) = Identity.of(request).items
+    (item,) = Identity.of(request, Adapters()).items
     assert (item.start, item.length) == (3, 2)
     other = FakeRequest(
         1, range(9), multimodal_hashes=[[1, 2] * 4], multimodal_positions=[3], multimodal_lengths=[2]
     )
-    assert Identity.of(other).items[0].digest != item.digest
+    assert Identity.of(other, Adapters()).items[0].digest != item.digest
 
 
 @pytest.mark.parametrize("value", [None, False, 0, [], {}, "", MagicMock()])
 def test_fields_that_say_nothing_change_nothing(value):
     names = ("prompt_embedding_table", "multimodal_embedding", "py_multimodal_data", "return_context_logits")
-    assert Identity.of(FakeRequest(1, [1], **dict.fromkeys(names, value))) == Identity()
+    assert Identity.of(FakeRequest(1, [1], **dict.fromkeys(names, value)), Adapters()) == Identity()
 
 
 @pytest.mark.parametrize("value", [True, 3, [1], {"a": 1}, np.ones(2)])
 def test_fields_that_say_something_are_respected(value):
-    assert Identity.of(FakeRequest(1, [1], multimodal_embedding=value)) is None
+    assert Identity.of(FakeRequest(1, [1], multimodal_embedding=value), Adapters()) is None
