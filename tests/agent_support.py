@@ -56,10 +56,10 @@ def configure(directory: Path, memory: int, **settings: Any) -> Config:
     )
 
 
-def serve_place(directory: Path, memory: int) -> None:
+def serve_place(config: Config) -> None:
     """Be an agent: what an `AgentProcess` does."""
-    logging.basicConfig(level=logging.INFO, filename=directory / "log", force=True)
-    serve(configure(directory, memory))
+    logging.basicConfig(level=logging.INFO, filename=config.agent.directory / "log", force=True)
+    serve(config)
     os._exit(0)
 
 
@@ -96,7 +96,7 @@ class AgentProcess:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.process = PROCESSES.Process(target=serve_place, args=(place.directory, place.memory))
+        self.process = PROCESSES.Process(target=serve_place, args=(place.config,))
         self.process.start()
 
     def __enter__(self) -> AgentProcess:
