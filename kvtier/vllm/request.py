@@ -94,10 +94,12 @@ class RequestState:
         hashes: Hashes of the whole blocks of `tokens`, as far as they were needed.
         pages: Its block ids in the engine's pool.
         valid: Leading tokens whose KV is in the pool after the steps ordered so far.
+        saved: The last step in which blocks of it were saved.
         handled: Leading blocks that need no more thought about saving.
         drafted: Whether drafts were ever scheduled for it.
         promise: What is promised and not yet loaded.
-        asked: When a lookup that is still under way was begun, monotonic seconds; None when none is.
+        deadline: Until when it pays to wait for blocks that are on their way, monotonic seconds; None when
+            nothing is waited for.
     """
 
     request: Any
@@ -108,10 +110,11 @@ class RequestState:
     hashes: list[bytes] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     valid: int = 0
+    saved: int = 0
     handled: int = 0
     drafted: bool = False
     promise: Promise | None = None
-    asked: float | None = None
+    deadline: float | None = None
     _cache: HashCache | None = None
 
     @classmethod

@@ -13,7 +13,7 @@ import torch
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.config import load_config
-from kvtier.store.base import StoreClient
+from kvtier.store.base import Match, StoreClient
 from kvtier.store.gate import ComputePace
 from kvtier.trtllm.guard import shielded
 from kvtier.trtllm.hash_cache import HashCache
@@ -23,6 +23,10 @@ from kvtier.vllm.request import Promise, RequestState
 from kvtier.vllm.stores import open_part
 
 _log = logging.getLogger(__name__)
+
+
+_NAP_SECONDS = 0.002
+"""How long a lookup may wait while nothing is computed."""
 
 
 def _nothing() -> tuple[int | None, bool]:
@@ -55,8 +59,11 @@ class SchedulerHalf:
         self._requests: dict[str, RequestState] = {}
         self._hashes = HashCache(self._size)
         self._pace = ComputePace()
+        self._lookup_wait = config.lookup_wait
         self._step = 0
+        self._idle = True
         self._settled = 0
+        self._behind = 0
         self._tails: list[Save] = []
         self._era: str | None = None
         if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
@@ -75,7 +82,8 @@ class SchedulerHalf:
 
         Returns:
             Tokens that can be loaded beyond them, a multiple of the block size that leaves at least one
-            token to be computed; and False: the load happens in front of the next pass.
+            token to be computed; None to be asked again, while it pays to wait for blocks that are on their
+            way. And False: the load happens in front of the next pass.
         """
         store = self._store()
         state = self._meet(request)
@@ -89,7 +97,9 @@ class SchedulerHalf:
         first, last = num_computed_tokens // size, (state.see_tokens() - 1) // size
         if first >= last:
             return 0, False
-        match = store.match(state.hash_through(last)[first:last], None, self._pace.block_cost(size))
+        match = self._match(state, store, state.hash_through(last)[first:last])
+        if match is None:
+            return None, False
         self._counters.add("looked_up_tokens", (last - first) * size)
         blocks = len(match.slots)
         if blocks == 0:
@@ -124,9 +134,12 @@ class SchedulerHalf:
             if state.promise is not None and state.promise.taken
         )
         tails, self._tails = tuple(self._tails), []
-        reused = bool(scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self._free_pages(self._requests.get(request_id))
+        behind, self._behind = self._behind, 0
+        self._idle = not scheduler_output.total_num_scheduled_tokens
         saves = self._saves(scheduler_output, store)
-        return ConnectorMeta(self._step, self._settled, reused, loads, tails, saves)
+        return ConnectorMeta(self._step, self._settled, behind, loads, tails, saves)
 
     @shielded(lambda: None)
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> None:
@@ -136,6 +149,7 @@ class SchedulerHalf:
         if state is None or store is None:
             return
         self._drop_promise(state, store)
+        self._free_pages(state)
         state.pages = list(block_ids)
         self._offer(state, store, self._tails)
 
@@ -190,6 +204,28 @@ class SchedulerHalf:
             state = RequestState.start(request, self.engine.namespace.id, self._size, self._hashes, self._era)
             self._requests[request.request_id] = state
         return state
+
+    def _match(self, state: RequestState, store: StoreClient, hashes: Sequence[bytes]) -> Match | None:
+        """Look blocks up; None while it pays to wait for some: the scheduler's thread does not."""
+        now = time.monotonic()
+        if state.deadline is None:
+            patience, wait = self._lookup_wait, 0.0
+        else:
+            patience = max(0.0, state.deadline - now)
+            # An engine with nothing else to do would only go round and round.
+            wait = min(_NAP_SECONDS, patience) if self._idle else 0.0
+        match = store.match(hashes, wait, self._pace.block_cost(self._size), patience)
+        if match.ask_again:
+            if state.deadline is None:
+                state.deadline = now + match.ask_again
+            return None
+        state.deadline = None
+        return match
+
+    def _free_pages(self, state: RequestState | None) -> None:
+        """Note that somebody else may get a request's pages in the coming step."""
+        if state is not None:
+            self._behind = max(self._behind, state.saved)
 
     def _keep_promise(self, state: RequestState, store: StoreClient | None) -> Load:
         """Turn a promise into the order to load it, or to report that it cannot be."""
@@ -256,7 +292,7 @@ class SchedulerHalf:
         first, last = state.handled, state.savable()
         if state.identity is None or last <= first:
             return
-        state.handled = last
+        state.handled, state.saved = last, self._step
         hashes = state.hash_through(last)[first:last]
         tickets = store.reserve(state.hash_before(first), first, hashes)
         saves += [

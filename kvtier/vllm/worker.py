@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier._workers import Workers
 from kvtier.config import load_config
-from kvtier.errors import KvTierError
 from kvtier.store.base import StoreClient, ticket_slot
 from kvtier.trtllm.guard import shielded
 from kvtier.trtllm.shared import SharedStore
+from kvtier.trtllm.slots import SlotAddresses
+from kvtier.trtllm.transfer import Blocks, Transfers
 from kvtier.vllm.identity import EngineFacts, config_path
 from kvtier.vllm.meta import ConnectorMeta, Load, Save, WorkerMeta
+from kvtier.vllm.movers import transfers_for
 from kvtier.vllm.pool import LayerPool
 from kvtier.vllm.stores import open_part
-from kvtier.vllm.transfer import HostTransfers
 
 _log = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 0.005
 
 
 class WorkerHalf:
     """Does what the scheduler's half orders: loads before the forward pass, saves after it.
 
-    Nothing raises. Blocks that cannot be loaded are named to the engine, which computes them (or fails their
-    requests, as it is configured), and until the scheduler has heard of it nothing is saved.
+    Nothing raises, and nothing waits for a GPU. Blocks that cannot be loaded are named to the engine, which
+    computes them (or fails their requests, as it is configured), and until the scheduler has heard of it
+    nothing is saved.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
@@ -46,12 +55,17 @@ class WorkerHalf:
         self._shard = 0 if self._engine.latent else self._engine.rank
         self._saves_nothing = self._shard != self._engine.rank
         self._shared: SharedStore | None = None
-        self._transfers: HostTransfers | None = None
+        self._transfers: Transfers | None = None
+        self._slots = SlotAddresses()
         self._orders: ConnectorMeta | None = None
         self._settled = 0
-        self._failed_step = 0
+        self._failed_step = self._told_step = 0
         self._failed_pages: set[int] = set()
-        self._told_step = 0
+        # The engine's thread, and the one that looks when copies have ended while the engine is idle.
+        self._lock = threading.RLock()
+        self._watcher = Workers("vllm-saves", 1)
+        self._under_way = 0
+        self._watching = False
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Take the engine's pool, and open this rank's part of the store.
@@ -61,31 +75,47 @@ class WorkerHalf:
             ConfigError: The store cannot be opened as configured.
         """
         pool = LayerPool(kv_caches, self._blocks, self._engine)
-        self._transfers = HostTransfers(pool)
+        if pool.map is None and pool.device.type == "cuda":
+            _log.warning("the KV pool has tokens before heads (NHD): every copy transposes, HND is faster")
+        self._transfers = transfers_for(pool)
         self._shared = open_part(self._config, self._engine, pool.device, self._engine.rank)
 
+    @shielded(lambda: None)
     def bind(self, orders: ConnectorMeta) -> None:
-        """Take the orders of the coming step, and read what is going to be overwritten in it."""
-        if self._orders is not None and self._orders.step != orders.step:
-            self._give_up(self._orders)
-        self._orders, self._settled = orders, orders.settled
-        if orders.tails:
-            self._save(orders.tails)
+        """Take the orders of the coming step, and see that what it overwrites was read before."""
+        with self._lock:
+            former, self._orders = self._orders, orders
+            self._settled = orders.settled
+            if former is not None and former.step != orders.step:
+                self._give_up(former)
+            if self._transfers is None:
+                return
+            self._transfers.poll()
+            behind = orders.behind
+            if orders.tails:
+                self._save(orders.tails, orders.step)
+                behind = orders.step
+            if behind:
+                self._transfers.order(None, behind)
 
+    @shielded(lambda: None)
     def load(self) -> None:
         """Copy promised blocks to their pages, in front of the forward pass."""
-        orders = self._orders
-        if orders is None or not orders.loads:
-            return
-        self._orders = ConnectorMeta(orders.step, orders.settled, saves=orders.saves)
-        for load in orders.loads:
-            self._load(load, orders.step)
+        with self._lock:
+            orders = self._orders
+            if orders is None or not orders.loads:
+                return
+            self._orders = ConnectorMeta(orders.step, orders.settled, saves=orders.saves)
+            for load in orders.loads:
+                self._load(load, orders.step)
 
+    @shielded(lambda: None)
     def save(self) -> None:
         """Copy whole blocks to the arena, behind the forward pass."""
-        orders, self._orders = self._orders, None
-        if orders is not None and orders.saves:
-            self._save(orders.saves)
+        with self._lock:
+            orders, self._orders = self._orders, None
+            if orders is not None and orders.saves:
+                self._save(orders.saves, orders.step)
 
     def take_failed_pages(self) -> set[int]:
         """Return the pages that were not loaded since the last call."""
@@ -103,61 +133,94 @@ class WorkerHalf:
         """Return this half's counters."""
         return self._counters.snapshot()
 
+    @shielded(lambda: None)
     def close(self) -> None:
-        """Leave the store."""
-        if self._orders is not None:
-            self._give_up(self._orders)
-        self._orders = None
-        if self._transfers is not None:
-            self._transfers.close()
-        self._transfers = self._shared = None
+        """Finish what is under way and leave the store."""
+        with self._lock:
+            if self._transfers is not None:
+                self._transfers.drain()
+            if self._orders is not None:
+                self._give_up(self._orders)
+            self._orders = None
+            self._slots.clear()
+            self._transfers = self._shared = None
+        self._watcher.close(1.0)
 
     def _store(self) -> StoreClient | None:
         return self._shared.store if self._shared is not None else None
 
     def _load(self, load: Load, step: int) -> None:
         store, loaded = self._store(), False
-        try:
-            if store is not None and self._transfers is not None and load.lease:
-                loaded = self._transfers.load(store, self._shard, load.slots, load.pages, load.until)
-        except (KvTierError, ValueError, IndexError, RuntimeError, OSError) as error:
-            log_once(_log, "load", "promised blocks cannot be loaded: %r", error)
         if store is not None and load.lease:
-            store.release(load.lease, self._engine.rank)
-        if loaded:
-            self._counters.add("loaded_blocks", len(load.pages))
-            return
-        self._failed_pages.update(load.pages)
-        self._failed_step = step
-        self._counters.add("load_failed_blocks", len(load.pages))
+            try:
+                loaded = self._copy_in(store, load)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the engine has to be told
+                log_once(_log, "load", "promised blocks cannot be loaded: %r", error)
+                store.release(load.lease, self._engine.rank)
+        if not loaded:
+            self._failed_pages.update(load.pages)
+            self._failed_step = step
+            self._counters.add("load_failed_blocks", len(load.pages))
 
-    @shielded(lambda: None)
-    def _save(self, saves: Sequence[Save]) -> None:
+    def _copy_in(self, store: StoreClient, load: Load) -> bool:
+        """Enqueue the copies of a load; False if its slots may have changed before they were made."""
+        assert self._transfers is not None
+        released = partial(self._loaded, store, load)
+        self._transfers.load(None, self._with_addresses(store, load.slots, load.pages), released)
+        if load.until == math.inf:
+            return True
+        # The agent does not answer, and its lease has an end: only then are the copies waited for.
+        self._transfers.drain()
+        return time.monotonic() < load.until
+
+    def _loaded(self, store: StoreClient, load: Load, _made: bool) -> None:
+        store.release(load.lease, self._engine.rank)
+        self._counters.add("loaded_blocks", len(load.pages))
+
+    def _save(self, saves: Sequence[Save], step: int) -> None:
+        """Start copying blocks to their slots, which are committed when the copies have ended."""
         store = self._store()
-        if store is None:
+        if store is None or self._saves_nothing:
             return
         tickets = [save.ticket for save in saves]
-        made = False
-        try:
-            if self._transfers is not None and not self._saves_nothing and not self._tainted():
-                slots = [ticket_slot(ticket) for ticket in tickets]
-                self._transfers.save(store, self._shard, slots, [save.page for save in saves])
-                made = True
-        finally:
-            self._settle(store, tickets, made)
-
-    def _settle(self, store: StoreClient, tickets: list[int], made: bool) -> None:
-        if self._saves_nothing:
+        done = partial(self._saved, store, tickets)
+        self._under_way += 1
+        if self._transfers is None or self._settled < self._failed_step:
+            # Blocks may have been computed over such as were not loaded.
+            done(False)
             return
+        try:
+            slots = [ticket_slot(ticket) for ticket in tickets]
+            blocks = self._with_addresses(store, slots, [save.page for save in saves])
+            self._transfers.save(None, blocks, done, step)
+        except Exception as error:  # noqa: BLE001 - whatever failed, the tickets must not stay open
+            log_once(_log, "save", "blocks could not be saved: %r", error)
+            done(False)
+        if self._under_way and not self._watching:
+            self._watching = True
+            self._watcher.run(self._watch)
+
+    def _saved(self, store: StoreClient, tickets: list[int], made: bool) -> None:
+        self._under_way -= 1
         if made:
             store.commit(tickets, self._shard)
         else:
             store.abort(tickets, self._shard)
         self._counters.add("saved_blocks" if made else "save_failed_blocks", len(tickets))
 
-    def _tainted(self) -> bool:
-        """Say whether blocks may have been computed over such as were not loaded."""
-        return self._settled < self._failed_step
+    def _watch(self) -> None:
+        """Commit saves when they have ended, also if the engine has no further step to notice it in."""
+        while True:
+            time.sleep(_WATCH_SECONDS)
+            with self._lock:
+                if self._transfers is not None:
+                    self._transfers.poll()
+                if self._transfers is None or not self._under_way:
+                    self._watching = False
+                    return
+
+    def _with_addresses(self, store: StoreClient, slots: Sequence[int], pages: Sequence[int]) -> Blocks:
+        return Blocks(self._slots.find(store, self._shard, slots), [(page,) for page in pages])
 
     def _give_up(self, orders: ConnectorMeta) -> None:
         """Release and abort what was ordered and is not going to happen: the step was called off."""

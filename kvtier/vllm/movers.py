@@ -1,0 +1,99 @@
+"""How blocks of a pool of layers are copied: as they lie, or element by element into another order."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvtier.gpu.copies import CudaCopies, copy_on_host
+from kvtier.trtllm.transfer import Blocks, CudaTransfers, HostTransfers, RawMover, Transfers
+from kvtier.vllm.pool import LayerPool
+
+
+def transfers_for(pool: LayerPool) -> Transfers:
+    """Return what moves the blocks of a pool."""
+    if pool.device.type != "cuda":
+        return HostTransfers(RawMover(pool.map, copy_on_host) if pool.map else HostMover(pool))
+    loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+    saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+    mover = RawMover(pool.map, CudaCopies(pool.device)) if pool.map else CudaMover(pool)
+    return CudaTransfers(mover, loads, saves)
+
+
+class HostMover:
+    """Moves blocks whose elements lie in another order in the pool than in a slot.
+
+    One copy for K and one for V where the layers lie evenly, else one for each layer. NumPy makes them
+    without the GIL and on this thread alone: torch would use the engine's threads, which compete with others.
+    """
+
+    def __init__(self, pool: LayerPool) -> None:
+        self._pool = pool
+        self._planes = [plane.numpy() for plane in pool.planes]
+
+    def load(self, blocks: Blocks, stream: int) -> None:
+        """Copy slots to pages; see `Mover.load`."""
+        for slot, (page,) in zip(self._slots(blocks.slots), blocks.pages, strict=True):
+            for plane, part in zip(self._planes, self._pool.parts, strict=True):
+                np.copyto(plane[self._pool.checked(page)], slot[part])
+
+    def save(self, blocks: Blocks, stream: int) -> None:
+        """Copy pages to slots; see `Mover.save`."""
+        for slot, (page,) in zip(self._slots(blocks.slots), blocks.pages, strict=True):
+            for plane, part in zip(self._planes, self._pool.parts, strict=True):
+                np.copyto(slot[part], plane[self._pool.checked(page)])
+
+    def _slots(self, addresses: NDArray[np.uint64]) -> list[NDArray[Any]]:
+        kind, words = ctypes.c_uint8 * self._pool.block_bytes, self._planes[0].dtype
+        return [
+            np.frombuffer(memoryview(kind.from_address(address)), dtype=words).reshape(self._pool.shape)
+            for address in addresses.tolist()
+        ]
+
+
+class CudaMover:
+    """Does the same on a GPU, by way of a block in its memory: a kernel for each layer, or for all."""
+
+    def __init__(self, pool: LayerPool) -> None:
+        self._pool = pool
+        # Loads and saves have a stream each, on which one block follows the other.
+        self._scratch: dict[int, torch.Tensor] = {}
+
+    def load(self, blocks: Blocks, stream: int) -> None:
+        """Copy slots to pages; see `Mover.load`."""
+        with self._on(stream):
+            block = self._block(stream)
+            for slot, (page,) in zip(self._slots(blocks.slots), blocks.pages, strict=True):
+                block.copy_(slot, non_blocking=True)
+                for plane, part in zip(self._pool.planes, self._pool.parts, strict=True):
+                    plane[self._pool.checked(page)].copy_(block[part])
+
+    def save(self, blocks: Blocks, stream: int) -> None:
+        """Copy pages to slots; see `Mover.save`."""
+        with self._on(stream):
+            block = self._block(stream)
+            for slot, (page,) in zip(self._slots(blocks.slots), blocks.pages, strict=True):
+                for plane, part in zip(self._pool.planes, self._pool.parts, strict=True):
+                    block[part].copy_(plane[self._pool.checked(page)])
+                slot.copy_(block, non_blocking=True)
+
+    def _on(self, stream: int) -> torch.cuda.StreamContext:
+        external = torch.cuda.ExternalStream(stream, self._pool.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(external)
+
+    def _block(self, stream: int) -> torch.Tensor:
+        if stream not in self._scratch:
+            words = self._pool.planes[0].dtype
+            self._scratch[stream] = torch.empty(self._pool.shape, dtype=words, device=self._pool.device)
+        return self._scratch[stream]
+
+    def _slots(self, addresses: NDArray[np.uint64]) -> list[torch.Tensor]:
+        kind, words = ctypes.c_uint8 * self._pool.block_bytes, self._pool.planes[0].dtype
+        return [
+            torch.frombuffer(kind.from_address(address), dtype=words).view(self._pool.shape)
+            for address in addresses.tolist()
+        ]
