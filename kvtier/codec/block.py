@@ -129,8 +129,7 @@ class BlockCodec:
         elif header.codec == NIBBLES and header.layout.head_dim == self.layout.head_dim:
             shards = self._planes.planes(room)
             self._own_nibbles(header).decode(_verified(view, header), shards)
-            for shard, planes in enumerate(shards):
-                self._planes.note(planes, room, shard)
+            self._planes.complete(room, shards)
         else:
             raw = np.empty(self.layout.block_bytes, np.uint8)
             self._decode_raw(header, view, raw)

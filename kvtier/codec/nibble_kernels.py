@@ -88,7 +88,7 @@ def split_bf16(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: W
 
 @compiled(_MERGE)
 def merge_bf16(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: Words) -> None:
-    """Fill `raw` from what `split_bf16` made of it; `escapes` are the valid entries alone, all in bounds."""
+    """Fill `raw` from what `split_bf16` made of it; of `escapes` those outside of the shard do nothing."""
     layers, parts, heads, tokens, _ = raw.shape
     dim = bases.shape[3]
     for layer in range(layers):
@@ -111,6 +111,8 @@ def merge_bf16(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: W
     elements, lows = raw.reshape(-1), rest.reshape(-1)
     for entry in escapes:
         place, exponent = entry >> 8, np.uint8(entry)
+        if place >= lows.size:
+            continue
         elements[2 * place] = lows[place] & 0x7F | exponent << 7
         elements[2 * place + 1] = lows[place] & 0x80 | exponent >> 1
 
@@ -181,7 +183,8 @@ def merge_e4m3(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: W
     elements = raw.reshape(-1)
     for entry in escapes:
         place = entry >> 8
-        elements[place] = elements[place] & 0x87 | (np.uint8(entry) & 0x0F) << 3
+        if place < elements.size:
+            elements[place] = elements[place] & 0x87 | (np.uint8(entry) & 0x0F) << 3
 
 
 @compiled(_CHECK)

@@ -96,7 +96,7 @@ class NibbleShape:
         planes.count = split(raw.reshape(self.raw), planes.bases, planes.nibbles, planes.rest, planes.escapes)
 
     def merge(self, planes: Planes, raw: Bytes) -> None:
-        """Put a shard together again; its escapes must have been checked.
+        """Put a shard together again; escapes outside of it do nothing.
 
         Args:
             planes: The shard.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -96,39 +97,51 @@ class PlaneSlots:
         Raises:
             ValueError: `slot` has another length than `slot_bytes`.
         """
-        data = np.frombuffer(slot, np.uint8)
-        if data.size != self.slot_bytes:
-            raise ValueError(f"a slot has {self.slot_bytes} bytes, got {data.size}")
-        return [self._view(shard) for shard in data.reshape(self.layout.shards, self.shard_bytes)]
+        return [self.shard(shard) for shard in self._shards(slot)]
 
-    def note(self, planes: Planes, slot: memoryview, shard: int) -> None:
-        """Write the count of a shard's escapes, which makes it complete."""
-        at = shard * self.shard_bytes
-        slot[at : at + HEADER_BYTES] = planes.count.to_bytes(HEADER_BYTES, "little")
+    def shard(self, data: Bytes) -> Planes:
+        """Return views of one shard's `shard_bytes`, with the count that stands there."""
+        shape = self.shape
+        escapes = data[self.escapes_at : self.escapes_at + 4 * shape.max_escapes].view(np.uint32)
+        return Planes(
+            data[self.bases_at : self.bases_at + shape.base_bytes].reshape(shape.bases),
+            data[self.nibbles_at : self.nibbles_at + shape.nibble_bytes].reshape(shape.nibbles),
+            data[self.rest_at : self.rest_at + shape.rest_bytes].reshape(shape.rest),
+            escapes,
+            int(data[:4].view(np.uint32)[0]),
+        )
 
-    def split(self, raw: Bytes, slot: memoryview) -> None:
+    def note(self, data: Bytes, planes: Planes) -> None:
+        """Write how many escapes a shard has, which makes it complete."""
+        data[:HEADER_BYTES] = 0
+        data[:4].view(np.uint32)[0] = planes.count
+
+    def complete(self, slot: Slot, shards: Sequence[Planes]) -> None:
+        """Write how many escapes the shards in a slot have."""
+        for data, planes in zip(self._shards(slot), shards, strict=True):
+            self.note(data, planes)
+
+    def split_shard(self, raw: Bytes, data: Bytes) -> None:
+        """Take one shard apart into its `shard_bytes`; it fits if the count that stands there then does."""
+        planes = self.shard(data)
+        self.shape.split(raw, planes)
+        self.note(data, planes)
+
+    def split(self, raw: Bytes, slot: Slot) -> None:
         """Take a whole block apart into a slot; see `whole` for whether it fits."""
-        for shard, (part, planes) in enumerate(
-            zip(raw.reshape(self.layout.shards, -1), self.planes(slot), strict=True)
-        ):
-            self.shape.split(part, planes)
-            self.note(planes, slot, shard)
+        for part, shard in zip(raw.reshape(self.layout.shards, -1), self._shards(slot), strict=True):
+            self.split_shard(part, shard)
 
     def merge(self, slot: Slot, raw: Bytes) -> None:
-        """Put a whole block together from a slot whose escapes have been checked."""
+        """Put a whole block together from a slot."""
         for part, planes in zip(raw.reshape(self.layout.shards, -1), self.planes(slot), strict=True):
             self.shape.merge(planes, part)
 
-    def _view(self, shard: Bytes) -> Planes:
-        shape = self.shape
-        escapes = shard[self.escapes_at : self.escapes_at + 4 * shape.max_escapes].view(np.uint32)
-        return Planes(
-            shard[self.bases_at : self.bases_at + shape.base_bytes].reshape(shape.bases),
-            shard[self.nibbles_at : self.nibbles_at + shape.nibble_bytes].reshape(shape.nibbles),
-            shard[self.rest_at : self.rest_at + shape.rest_bytes].reshape(shape.rest),
-            escapes,
-            int(shard[:4].view(np.uint32)[0]),
-        )
+    def _shards(self, slot: Slot) -> Bytes:
+        data = np.frombuffer(slot, np.uint8)
+        if data.size != self.slot_bytes:
+            raise ValueError(f"a slot has {self.slot_bytes} bytes, got {data.size}")
+        return data.reshape(self.layout.shards, self.shard_bytes)
 
 
 def slot_form(layout: BlockLayout, name: str = "raw") -> SlotForm:

@@ -79,19 +79,43 @@ class PageMap:
             IndexError: A page that the pool does not have.
             ValueError: Not one page for every group.
         """
-        ids = np.array(pages, dtype=np.int64).reshape(len(slots), self._groups)[:, self._group]
-        # A negative page would be a valid offset: another request's bytes under this one's hash.
-        wrong = (ids < 0) | (ids >= self._pages)
-        kept = np.ones_like(wrong) if whole or not self.sparse else ids != NO_PAGE
-        if (wrong & kept).any():
-            block, region = np.argwhere(wrong & kept)[0]
-            raise IndexError(f"page {ids[block, region]} is wanted, its pool has {self._pages[region]}")
+        ids, kept = self._chosen(pages, whole)
         pool = self._base + ids.astype(np.uint64) * self._stride
         host = slots[:, None] + self._start
         sizes = np.broadcast_to(self._size, ids.shape)
         found = Ranges(pool[kept], host[kept], sizes[kept])
         # Regions may lie in allocations of their own, which one copy must not span.
         return _joined(found) if len(self._size) == 1 else found
+
+    def is_plain(self, alignment: int) -> bool:
+        """Say whether every block is one range, without a page lacking, at a multiple of `alignment`."""
+        return (
+            len(self._size) == 1 and not self.sparse and int(self._base[0] | self._stride[0]) % alignment == 0
+        )
+
+    def starts(self, pages: Sequence[Sequence[int]]) -> NDArray[np.uint64]:
+        """Return the address of each block, where a block is one range.
+
+        Raises:
+            IndexError: A page that the pool does not have.
+            ValueError: Not one page for every group.
+        """
+        ids, _ = self._chosen(pages, True)
+        starts: NDArray[np.uint64] = self._base[0] + ids[:, 0].astype(np.uint64) * self._stride[0]
+        return starts
+
+    def _chosen(
+        self, pages: Sequence[Sequence[int]], whole: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the page of each block's regions, `[blocks, regions]`, and which of them count."""
+        ids = np.array(pages, dtype=np.int64).reshape(len(pages), self._groups)[:, self._group]
+        # A negative page would be a valid offset: another request's bytes under this one's hash.
+        wrong = (ids < 0) | (ids >= self._pages)
+        kept = np.ones_like(wrong) if whole or not self.sparse else ids != NO_PAGE
+        if (wrong & kept).any():
+            block, region = np.argwhere(wrong & kept)[0]
+            raise IndexError(f"page {ids[block, region]} is wanted, its pool has {self._pages[region]}")
+        return ids, kept
 
 
 def _joined(ranges: Ranges) -> Ranges:
