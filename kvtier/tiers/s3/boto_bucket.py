@@ -31,6 +31,7 @@ from kvtier.tiers.s3.bucket import (
     ListedObject,
     ObjectMissing,
     Parts,
+    RangeMissing,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.replies import error_of
@@ -89,14 +90,11 @@ class BotoBucket:
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""
-        with self._get(key, f"bytes=-{length}") as (reply, total):
-            start = max(0, total - length)
-            if _content_range(reply) != (start, total - 1, total):
-                raise BadReply(f"{key}: asked for the last {length} bytes, got {reply.get('ContentRange')}")
-            data = bytearray(total - start)
-            into = Parts(iter([memoryview(data)]), len(data))
-            self._receive(key, reply, into, time.monotonic() + self._config.read_timeout)
-        return bytes(data), total
+        try:
+            return self._get_tail(key, length, f"bytes=-{length}")
+        except RangeMissing:
+            # Some servers have no last 1,000 bytes of an object of 900.
+            return self._get_tail(key, length, f"bytes=0-{length - 1}")
 
     def put(self, key: str, body: bytes) -> bool:
         """See `Bucket.put`."""
@@ -180,6 +178,16 @@ class BotoBucket:
         with translated(what):
             return request(self._connect())
 
+    def _get_tail(self, key: str, length: int, byte_range: str) -> tuple[bytes, int]:
+        with self._get(key, byte_range) as (reply, total):
+            start = max(0, total - length)
+            if _content_range(reply) != (start, total - 1, total):
+                raise BadReply(f"{key}: asked for the last {length} bytes, got {reply.get('ContentRange')}")
+            data = bytearray(total - start)
+            into = Parts(iter([memoryview(data)]), len(data))
+            self._receive(key, reply, into, time.monotonic() + self._config.read_timeout)
+        return bytes(data), total
+
     def _get_left(self, key: str, offset: int, into: Parts, deadline: float) -> None:
         """Make one GET for what is left."""
         end = offset + into.left - 1
@@ -197,7 +205,8 @@ class BotoBucket:
             lambda client: client.get_object(Bucket=self._config.bucket, Key=key, Range=byte_range),
         )
         try:
-            if reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            # Some servers (rclone's) send a part with status 200: what counts is that they say which part.
+            if not reply.get("ContentRange") and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 raise BadReply(f"{key}: the server ignored the range {byte_range}")
             yield reply, _content_range(reply)[2]
         finally:

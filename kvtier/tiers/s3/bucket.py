@@ -13,6 +13,10 @@ class ObjectMissing(TierError):
     """The object, or the part of it that was asked for, does not exist."""
 
 
+class RangeMissing(ObjectMissing):
+    """The object is there, or another one than expected: it has no such part."""
+
+
 class BadReply(CorruptBlock):
     """The reply is not what was asked for: wrong status, range or length, or no S3 reply at all."""
 

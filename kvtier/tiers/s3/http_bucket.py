@@ -17,6 +17,7 @@ from kvtier.tiers.s3.bucket import (
     ExpiredCredentials,
     ListedObject,
     Parts,
+    RangeMissing,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.hedge import Pace
@@ -61,15 +62,11 @@ class HttpBucket:
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""
-        self._counters.add("get_requests")
-        headers = {"Range": f"bytes=-{length}"}
-        with self._request("GET", key, headers, b"", self._deadline(length)) as (head, body):
-            start, end, total = _content_range(key, head)
-            if (start, end) != (max(0, total - length), total - 1):
-                raise BadReply(f"GET {key}: asked for the last {length} bytes, got {start}-{end}/{total}")
-            data = bytearray(end + 1 - start)
-            self._receive(key, head, body, Parts(iter([memoryview(data)]), len(data)))
-        return bytes(data), total
+        try:
+            return self._get_tail(key, length, f"bytes=-{length}")
+        except RangeMissing:
+            # Some servers have no last 1,000 bytes of an object of 900.
+            return self._get_tail(key, length, f"bytes=0-{length - 1}")
 
     def put(self, key: str, body: bytes) -> bool:
         """See `Bucket.put`."""
@@ -99,6 +96,16 @@ class HttpBucket:
     def _deadline(self, length: int) -> Deadline:
         idle = self._config.read_timeout
         return Deadline(self._config.connect_timeout + idle + length / SLOWEST_BYTES_PER_SECOND, idle)
+
+    def _get_tail(self, key: str, length: int, byte_range: str) -> tuple[bytes, int]:
+        self._counters.add("get_requests")
+        with self._request("GET", key, {"Range": byte_range}, b"", self._deadline(length)) as (head, body):
+            start, end, total = _content_range(key, head)
+            if (start, end) != (max(0, total - length), total - 1):
+                raise BadReply(f"GET {key}: asked for the last {length} bytes, got {start}-{end}/{total}")
+            data = bytearray(end + 1 - start)
+            self._receive(key, head, body, Parts(iter([memoryview(data)]), len(data)))
+        return bytes(data), total
 
     def _get(self, key: str, offset: int, into: Parts, deadline: Deadline) -> None:
         """Make one GET for what is left, and another one for the rest of a body that stalls."""
@@ -163,14 +170,17 @@ class HttpBucket:
     def _request(
         self, method: str, key: str, headers: dict[str, str], body: bytes, deadline: Deadline
     ) -> Iterator[tuple[ReplyHead, Body]]:
-        """Make a request and give its reply if it is a success; expired credentials are renewed once."""
-        what = f"{method} {key}"
+        """Make a request and give its reply if it is a success; expired credentials are renewed once.
+
+        Some servers (rclone's) send a part with status 200: what counts is that they say which part it is.
+        """
+        what, put = f"{method} {key}", method == "PUT"
         with contextlib.ExitStack() as stack:
             for last_try in (False, True):
                 head, reply = stack.enter_context(
                     self._exchange.request(method, key, headers, body, deadline)
                 )
-                if head.status == 206 or (method == "PUT" and 200 <= head.status < 300):
+                if head.status == 206 or (head.status < 300 and (put or "content-range" in head.headers)):
                     yield head, reply
                     return
                 if head.status < 300:

@@ -7,7 +7,14 @@ import re
 import time
 
 from kvtier.errors import AccessDenied, KvTierError, TierFull, TierUnavailable
-from kvtier.tiers.s3.bucket import BadReply, BucketThrottled, BucketTimeout, ExpiredCredentials, ObjectMissing
+from kvtier.tiers.s3.bucket import (
+    BadReply,
+    BucketThrottled,
+    BucketTimeout,
+    ExpiredCredentials,
+    ObjectMissing,
+    RangeMissing,
+)
 
 LONGEST_RETRY_AFTER = 300.0
 
@@ -114,7 +121,9 @@ def error_of(
         return ObjectMissing(
             f"{text}; it has been archived: exempt kvtier's prefix from the rule that does it"
         )
-    if code == "NoSuchKey" or status == 416:
+    if status == 416:
+        return RangeMissing(text)
+    if code == "NoSuchKey":
         return ObjectMissing(text)
     if status in (409, 412) and put:
         return PutRefused(text, exists=True)
