@@ -11,9 +11,11 @@ import typer
 from kvtier.cli import bucket as bucket_command
 from kvtier.cli import config as config_command
 from kvtier.cli.agent import agent as agent_command
+from kvtier.cli.gc import gc as gc_command
 from kvtier.cli.ls import ls as ls_command
 from kvtier.cli.rebuild_index import rebuild_index as rebuild_index_command
 from kvtier.cli.verify import verify as verify_command
+from kvtier.cli.warm import warm as warm_command
 from kvtier.errors import KvTierError
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app.add_typer(bucket_command.app, name="bucket")
 app.command("ls")(ls_command)
 app.command("verify")(verify_command)
 app.command("rebuild-index")(rebuild_index_command)
+app.command("gc")(gc_command)
+app.command("warm")(warm_command)
 app.add_typer(bench, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]

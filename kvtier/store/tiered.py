@@ -76,7 +76,10 @@ def open_tiers(config: Config, namespace: Namespace, layout: BlockLayout) -> lis
     if config.s3:
         from kvtier.tiers.s3 import S3Tier
 
-        tiers.append(S3Tier(config.s3, namespace, layout, bound))
+        bucket = S3Tier(config.s3, namespace, layout, bound)
+        if tiers and config.s3.warm_on_start:
+            bucket.warm(tiers[0], config.s3.warm_on_start)
+        tiers.append(bucket)
     return tiers
 
 

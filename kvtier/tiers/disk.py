@@ -47,7 +47,7 @@ class DiskTier:
     One directory serves all namespaces: a key is namespace and hash, so blocks of an older model are never
     found, share the size bound, and age out like any others. What is held of this tier's own namespace is
     also known in memory, loaded at the start, so `match` does no I/O. Several processes may have the
-    directory open; blocks that another one writes are found after the next start.
+    directory open; blocks that another one writes are found within `retry_seconds`.
 
     Crash-safe: after SIGKILL at any moment each block is there whole or not at all, and files that no row
     names are removed at the next start. Nothing is synced to the medium: after a power failure blocks may be
@@ -76,7 +76,7 @@ class DiskTier:
             namespace: Whose blocks to find.
             max_payload_bytes: No larger payload is written or read.
             retry_seconds: How long a failure to write or to open keeps the next attempt off, and how often
-                access times are written.
+                access times are written and other processes' blocks looked for.
 
         Raises:
             ConfigError: `size_bytes` is too small for payloads of `max_payload_bytes`.

@@ -79,6 +79,7 @@ class DiskShard:
         self._identity: tuple[int, int] | None = None
         self._closed = False
         self._swept = False
+        self._last_row = 0
         self._used_lock = threading.Lock()
         self._used: dict[bytes, float] = {}
 
@@ -169,6 +170,7 @@ class DiskShard:
                 self._sweep(sweep_up_to_ns)
                 self._swept = True
             self._write_access_times()
+            self._note_new_rows(self.held)
             self.size_bytes = cache.volume()
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does, the others go on
             self._recover(cache, self._health.failed(error))
@@ -265,20 +267,33 @@ class DiskShard:
         )
         held: set[bytes] = set()
         cache.disk.on_remove = held.discard
-        with self._connect() as database:
-            # The conditions on the other columns keep absurd rows from ever being fetched. They need the rows
-            # themselves, and reading those in their order is 2.5 times as fast as by way of the index.
-            keys = database.execute(
-                "SELECT key FROM Cache NOT INDEXED WHERE key >= ? AND key < ? AND length(key) = ? AND raw = 1"
-                " AND typeof(value) = 'integer' AND length(filename) < 64",
-                (self._namespace, self._namespace + b"\xff" * (HASH_BYTES + 1), KEY_BYTES),
-            )
-            held.update(key[HASH_BYTES:] for (key,) in keys)
+        self._last_row = 0
+        self._note_new_rows(held)
         self.size_bytes = cache.volume()
         self.held = held
         self._identity = self._find()
         self._turn = threading.Lock()
         self._cache = cache
+
+    def _note_new_rows(self, held: set[bytes]) -> None:
+        """Add the blocks of rows that were not looked at yet: other processes write here too."""
+        with self._connect() as database:
+            (last,) = database.execute("SELECT COALESCE(MAX(rowid), 0) FROM Cache").fetchone()
+            # The conditions on the other columns keep absurd rows from ever being fetched. They need the rows
+            # themselves, and reading those in their order is 2.5 times as fast as by way of the index.
+            keys = database.execute(
+                "SELECT key FROM Cache NOT INDEXED WHERE rowid > ? AND rowid <= ? AND key >= ? AND key < ?"
+                " AND length(key) = ? AND raw = 1 AND typeof(value) = 'integer' AND length(filename) < 64",
+                (
+                    self._last_row,
+                    last,
+                    self._namespace,
+                    self._namespace + b"\xff" * (HASH_BYTES + 1),
+                    KEY_BYTES,
+                ),
+            )
+            held.update(key[HASH_BYTES:] for (key,) in keys)
+        self._last_row = last
 
     def _refuse_foreign(self) -> None:
         """Raise CorruptBlock if what lies in the shard's place must not be given to diskcache.

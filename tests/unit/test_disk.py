@@ -223,6 +223,20 @@ class TestTwoTiersInOneDirectory:
             assert one.match([block(0).hash]) == 0
             assert one.write(blocks(range(50))) == 50
 
+    def test_a_running_tier_learns_of_what_another_writes(self, tmp_path: Path) -> None:
+        with (
+            closing(DiskTier(tmp_path, 2 << 20, MODEL, MAX_PAYLOAD_BYTES, retry_seconds=0.05)) as running,
+            closing(open_tier(tmp_path)) as other,
+            closing(open_tier(tmp_path, namespace=OTHER_MODEL)) as foreign,
+        ):
+            mine, theirs = blocks(range(5)), blocks(range(5, 25))
+            assert running.write(mine) == 5
+            assert foreign.write(blocks(range(50, 60))) == 10
+            assert other.write(theirs) == 20
+            assert eventually(lambda: running.match([one.hash for one in theirs]) == 20)
+            assert read(running, mine + theirs) == list(range(25))
+            assert running.match([block(50).hash]) == 0
+
     def test_both_write_the_same_blocks_at_once(self, tmp_path: Path) -> None:
         wanted = blocks(range(60))
         with closing(open_tier(tmp_path)) as one, closing(open_tier(tmp_path)) as other:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
 from kvtier._counters import Counters
+from kvtier._logging import log_once
 from kvtier.config import S3Config
+from kvtier.errors import KvTierError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
-from kvtier.tiers.base import Deliver, StoredBlock
+from kvtier.tiers.base import Deliver, StoredBlock, Tier
 from kvtier.tiers.s3.breaker import Breaker
 from kvtier.tiers.s3.bucket import Bucket
 from kvtier.tiers.s3.catalog import Catalog
 from kvtier.tiers.s3.health import Health
+from kvtier.tiers.s3.heat import load_heat
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.open_bucket import open_bucket
@@ -21,12 +26,18 @@ from kvtier.tiers.s3.pack import window_blocks, window_bytes
 from kvtier.tiers.s3.reader import BlockReader
 from kvtier.tiers.s3.upkeep import Upkeep
 from kvtier.tiers.s3.uploader import Uploader
+from kvtier.tiers.s3.warm import Wanted, Warmer, hottest, prefix
+
+_logger = logging.getLogger(__name__)
 
 _UPLOADS = 8
 _PACK_DELAY_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _PENDING_PACKS = 8
 _PENDING_BYTES = 256 << 20
+_WARM_BYTES_PER_SECOND = 256 << 20
+_WARM_ATTEMPTS = 5
+_WARM_PAUSE_SECONDS = 30.0
 
 
 class S3Tier:
@@ -70,7 +81,8 @@ class S3Tier:
         """
         self._counters = Counters()
         self._bucket = bucket or open_bucket(config, self._counters)
-        keys = Keys(config.prefix, namespace.hex)
+        self._keys = keys = Keys(config.prefix, namespace.hex)
+        self._namespace = namespace
         self._index = BlockIndex()
         self._reading = Health(
             "reading", Breaker(longest_pause, on_open=lambda: self._catalog.wake()), self._counters
@@ -122,6 +134,7 @@ class S3Tier:
             quota=config.quota,
             window=window_blocks(layout),
         )
+        self._ending = threading.Event()
         self._closed = False
         self._catalog.start()
         if upkeep:
@@ -184,6 +197,43 @@ class S3Tier:
         """
         self._catalog.compact()
 
+    def hottest(self, limit: int) -> list[Wanted]:
+        """Choose the most used packs of up to `limit` bytes together, to be brought elsewhere by a `Warmer`.
+
+        Raises:
+            TierError: The bucket does not answer or refuses.
+        """
+        uses, _ = load_heat(self._bucket, self._keys, self._namespace.id)
+        return hottest(self._index, uses, self._bucket.server_time(), limit)
+
+    def prefix(self, hashes: Sequence[bytes], root: bytes) -> Wanted | None:
+        """Return the leading blocks of a prompt that the bucket has, for a `Warmer`; None if it has none."""
+        return prefix(self._index, hashes, root)
+
+    def warm(self, sink: Tier, limit: int) -> None:
+        """Begin to bring the most used packs, up to `limit` bytes, into another tier in the background."""
+        threading.Thread(target=self._warm, args=(sink, limit), name="kvtier-s3-warm", daemon=True).start()
+
+    def _warm(self, sink: Tier, limit: int) -> None:
+        while not self._catalog.ready.wait(1.0):
+            if self._ending.is_set():
+                return
+        warmer = Warmer(
+            self, sink, self._namespace.id, bytes_per_second=_WARM_BYTES_PER_SECOND, stop=self._ending
+        )
+        for _ in range(_WARM_ATTEMPTS):
+            try:
+                warmed = warmer.run(self.hottest(limit))
+            except KvTierError as error:
+                log_once(_logger, "warm", "warming up failed, it is tried again: %s", error)
+            else:
+                self._counters.add("warmed_blocks", warmed.blocks)
+                self._counters.add("warmed_bytes", warmed.bytes)
+                if not warmed.failed:
+                    return
+            if self._ending.wait(_WARM_PAUSE_SECONDS):
+                return
+
     def stats(self) -> Mapping[str, int | float]:
         """Return counters and gauges; `errors_<cause>` and `<kind>_requests` appear as they occur."""
         blocks, packs, quarantined = self._index.counts()
@@ -204,6 +254,7 @@ class S3Tier:
         if self._closed:
             return
         self._closed = True
+        self._ending.set()
         deadline = time.monotonic() + timeout
         self._uploader.close(timeout)
         self._upkeep.close(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,209 @@
+"""Warming up: bringing blocks from the bucket into the tier above before anybody asks for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvtier.codec import check_block
+from kvtier.errors import CorruptBlock
+from kvtier.tiers.base import Buffer, StoredBlock, Tier
+from kvtier.tiers.s3.heat import Use
+from kvtier.tiers.s3.index import BlockIndex
+from kvtier.tiers.s3.merge import Verify
+from kvtier.tiers.s3.pace import Pace
+
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Consecutive blocks that are to be brought.
+
+    Attributes:
+        hashes: The blocks, in the chain's order.
+        parent: The block before the first one, or the chain's root.
+        position: Place of the first one in the chain.
+        size: Their bytes in the bucket.
+    """
+
+    hashes: tuple[bytes, ...]
+    parent: bytes
+    position: int
+    size: int
+
+
+@dataclass(slots=True)
+class Warmed:
+    """What was brought: blocks and bytes; `held` were there already, `failed` could not be had."""
+
+    blocks: int = 0
+    bytes: int = 0
+    held: int = 0
+    failed: int = 0
+
+
+def hottest(index: BlockIndex, uses: Mapping[bytes, Use], now: float, limit: int) -> list[Wanted]:
+    """Choose the packs that are used most, each after those that its chain goes through before it.
+
+    Without any heat, the latest packs.
+
+    Args:
+        index: All packs.
+        uses: Heat, by block.
+        now: Seconds since 1970 by the server's clock.
+        limit: Bytes of all packs together.
+    """
+    table, served = index.packs()
+    names = table.names()
+    places = {name: place for place, name in enumerate(names)}
+    parents = [
+        places.get(found.pack.name) if found is not None else None
+        for found in index.locate([parent.tobytes() for parent in table.packs["parent"]])
+    ]
+    positions = table.packs["position"].tolist()
+    heat = [0.0] * len(names)
+    for (_, use), found in zip(uses.items(), index.locate(uses), strict=True):
+        if found is not None and found.pack.name in places:
+            heat[places[found.pack.name]] += use.count_at(now)
+    for place in sorted(range(len(names)), key=lambda place: -positions[place]):
+        above = parents[place]
+        if above is not None and positions[above] < positions[place]:
+            heat[above] += heat[place]
+    chosen: dict[int, None] = {}
+    left = limit
+    for place in sorted(range(len(names)), key=lambda place: (-heat[place], -place)):
+        for step in _lineage(place, parents, positions, chosen):
+            size = int(table.packs["size"][step])
+            if step in chosen or not served[step]:
+                continue
+            if size > left:
+                return [_whole(index, names[done]) for done in chosen]
+            chosen[step] = None
+            left -= size
+    return [_whole(index, names[done]) for done in chosen]
+
+
+def prefix(index: BlockIndex, hashes: Sequence[bytes], root: bytes) -> Wanted | None:
+    """Return the leading blocks of a prompt that the bucket has; None if it lacks the first."""
+    found = index.locate(hashes[: index.match(hashes)])
+    locations = [place for place in found if place is not None]
+    if not locations:
+        return None
+    known = tuple(hashes[: len(locations)])
+    return Wanted(known, root, 0, sum(place.length for place in locations))
+
+
+class Warmer:
+    """Copies blocks from one tier to another."""
+
+    def __init__(
+        self,
+        source: Tier,
+        sink: Tier,
+        namespace: bytes,
+        *,
+        bytes_per_second: float | None = None,
+        verify: Verify = check_block,
+        stop: threading.Event | None = None,
+    ):
+        """Prepare.
+
+        Args:
+            source: The bucket's tier.
+            sink: The tier that is filled; what it holds already is not fetched, so an interrupted warm-up
+                goes on where it stopped.
+            namespace: The namespace's id.
+            bytes_per_second: Rate that is not exceeded for long; None: as fast as it goes.
+            verify: Checks a block before it is kept.
+            stop: Ends it early when it is set.
+        """
+        self._source = source
+        self._sink = sink
+        self._namespace = namespace
+        self._rate = bytes_per_second
+        self._verify = verify
+        self._stop = stop or threading.Event()
+
+    def run(self, wanted: Iterable[Wanted], on_bytes: Callable[[int], None] = lambda size: None) -> Warmed:
+        """Bring what is wanted, in that order.
+
+        Args:
+            wanted: What to bring.
+            on_bytes: Called with the bytes of each part that is done, also of those that were there already.
+        """
+        warmed, pace = Warmed(), Pace(self._rate)
+        for batch in _batches(wanted):
+            if self._stop.is_set():
+                break
+            missing = {
+                block.hash: block for part in batch for block in _blocks(part) if not self._holds(block.hash)
+            }
+            warmed.held += sum(len(part.hashes) for part in batch) - len(missing)
+            before = warmed.bytes
+            if missing:
+                self._bring(missing, warmed)
+            on_bytes(sum(part.size for part in batch))
+            self._stop.wait(pace.rest(warmed.bytes - before))
+        return warmed
+
+    def _holds(self, block_hash: bytes) -> bool:
+        return self._sink.match([block_hash]) == 1
+
+    def _bring(self, missing: Mapping[bytes, StoredBlock], warmed: Warmed) -> None:
+        lock = threading.Lock()
+
+        def deliver(block_hash: bytes, payload: Buffer | None) -> None:
+            block, kept = missing[block_hash], 0
+            if payload is not None and not self._stop.is_set():
+                try:
+                    self._verify(payload, block_hash, self._namespace)
+                    kept = self._sink.write([StoredBlock(block_hash, block.parent, block.position, payload)])
+                except CorruptBlock:
+                    self._source.discard([block_hash])
+            with lock:
+                warmed.blocks += kept
+                warmed.failed += not kept
+                warmed.bytes += len(payload) if payload is not None else 0
+
+        self._source.read(list(missing), deliver)
+
+
+def _lineage(
+    place: int, parents: Sequence[int | None], positions: Sequence[int], chosen: Mapping[int, None]
+) -> list[int]:
+    """Return a pack and those before it in its chain up to one that is chosen, the first of them first."""
+    line = [place]
+    while (above := parents[line[-1]]) is not None and positions[above] < positions[line[-1]]:
+        if above in chosen:
+            break
+        line.append(above)
+    return line[::-1]
+
+
+def _whole(index: BlockIndex, name: bytes) -> Wanted:
+    pack = index.pack(name)
+    if pack is None:
+        return Wanted((), b"", 0, 0)
+    return Wanted(pack.hashes, pack.parent, pack.position, pack.size)
+
+
+def _blocks(part: Wanted) -> Iterator[StoredBlock]:
+    parents = (part.parent, *part.hashes[:-1])
+    for place, (block, parent) in enumerate(zip(part.hashes, parents, strict=True)):
+        yield StoredBlock(block, parent, part.position + place, b"")
+
+
+def _batches(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """Group what is wanted so that several requests are under way at once."""
+    batch: list[Wanted] = []
+    for part in wanted:
+        if not part.hashes:
+            continue
+        batch.append(part)
+        if sum(each.size for each in batch) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
