@@ -21,10 +21,13 @@ VOLATILE_KEYS = frozenset({"transformers_version", "_name_or_path", "_commit_has
 """Keys of config.json that say nothing about the KV cache and change from save to save."""
 
 WHOLE_BYTES = 64 << 20
-"""Files up to this size are digested whole; larger ones by head, tail and samples."""
-HEAD_BYTES = 1 << 20
-SAMPLE_BYTES = 16 << 10
-SAMPLES = 64
+"""Files up to this size are digested whole; larger ones by samples of each tensor."""
+SAMPLE_BYTES = 4 << 10
+STEP_BYTES = 4 << 20
+"""From one sample to the next, inside a tensor."""
+WHOLE_TENSOR_BYTES = 64 << 10
+MAX_HEADER_BYTES = 100 << 20
+"""What the reader of safetensors itself accepts."""
 
 _PRIVATE = secrets.token_hex(16)
 
@@ -150,21 +153,48 @@ def _describe_weight(file: Path) -> dict[str, int | str]:
 
 @lru_cache(maxsize=4096)
 def _digest_weight(path: str, size: int, mtime_ns: int, inode: int) -> str:
-    """Digest a weight file: whole if it is small, else head, tail and samples spread over it.
+    """Digest a weight file: whole if it is small, else small tensors whole and samples of all others.
 
-    A fine-tune has the same header and the same size, and differs everywhere else: 64 samples meet it.
+    A fine-tune may leave all but a few tensors as they were, and a new calibration all but some scales; what
+    it changes it changes all over. Only safetensors tell where tensors are; other files count as one.
     """
     file = Path(path)
     if size <= WHOLE_BYTES:
         return _digest_whole(file)
     digest = hashlib.blake2b(digest_size=16)
-    step = (size - HEAD_BYTES - SAMPLE_BYTES) // SAMPLES
     with file.open("rb", buffering=0) as stream:
-        digest.update(stream.read(HEAD_BYTES))
-        for sample in range(SAMPLES + 1):
-            stream.seek(HEAD_BYTES + sample * step if sample < SAMPLES else size - SAMPLE_BYTES)
-            digest.update(stream.read(SAMPLE_BYTES))
+        header, tensors = _tensors(stream.fileno(), size)
+        digest.update(header)
+        for start, stop in tensors:
+            if stop - start <= WHOLE_TENSOR_BYTES:
+                digest.update(os.pread(stream.fileno(), stop - start, start))
+                continue
+            for offset in (*range(start, stop - SAMPLE_BYTES, STEP_BYTES), stop - SAMPLE_BYTES):
+                digest.update(os.pread(stream.fileno(), SAMPLE_BYTES, offset))
     return digest.hexdigest()
+
+
+def _tensors(descriptor: int, size: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return the header of a safetensors file, and where its tensors begin and end.
+
+    Any other file has an empty header and is one tensor.
+    """
+    other = b"", [(0, size)]
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    base = 8 + length
+    if length > MAX_HEADER_BYTES or base > size:
+        return other
+    header = os.pread(descriptor, length, 8)
+    try:
+        entries = json.loads(header)
+        offsets = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
+        tensors = sorted((base + start, base + stop) for start, stop in offsets)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return other
+    valid = all(
+        type(start) is int and type(stop) is int and base <= start <= stop <= size for start, stop in tensors
+    )
+    return (header, tensors) if tensors and valid else other
 
 
 def _digest_whole(file: Path) -> str:

@@ -64,9 +64,7 @@ def test_a_model_that_differs_anywhere_is_another(tmp_path, change):
 
 @pytest.mark.parametrize("place", ["head", "middle", "tail"])
 def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(weights, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(weights, "HEAD_BYTES", 500)
-    monkeypatch.setattr(weights, "SAMPLE_BYTES", 50)
+    small_samples(monkeypatch)
     size = 100_000
     first = make_model(tmp_path / "a", bytes(size))
     # A fine-tune: the same header and size, other values in a stretch as long as a tensor.
@@ -76,6 +74,53 @@ def test_large_files_are_told_apart_by_samples(tmp_path, monkeypatch, place):
     second = make_model(tmp_path / "b", bytes(changed))
     assert model_facts(first, None) != model_facts(second, None)
     assert model_facts(first, None) == model_facts(shutil.copytree(first, tmp_path / "c").as_posix(), None)
+
+
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(weights, "WHOLE_TENSOR_BYTES", 200)
+    monkeypatch.setattr(weights, "SAMPLE_BYTES", 50)
+    monkeypatch.setattr(weights, "STEP_BYTES", 1500)
+
+
+def safetensors(tensors: dict[str, bytes]) -> bytes:
+    header, start = {}, 0
+    for name, data in tensors.items():
+        offsets = [start, start + len(data)]
+        header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": offsets}
+        start += len(data)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"".join(tensors.values())
+
+
+@pytest.mark.parametrize("changed", ["k_scale", "bias", "norm", "v_proj", "embed"])
+def test_no_tensor_of_a_large_file_is_overlooked(tmp_path, monkeypatch, changed):
+    """A new calibration changes scales alone, and some fine-tunes only biases or a single layer."""
+    small_samples(monkeypatch)
+    sizes = {"embed": 1_000_000, "k_scale": 4, "v_proj": 3000, "bias": 64, "mlp": 2_000_000, "norm": 128}
+    before = {name: name[:1].encode() * size for name, size in sizes.items()}
+    first = make_model(tmp_path / "a", safetensors(before))
+    second = make_model(tmp_path / "b", safetensors({**before, changed: b"+" * sizes[changed]}))
+    assert model_facts(first, None) != model_facts(second, None)
+    assert model_facts(first, None) == model_facts(make_model(tmp_path / "c", safetensors(before)), None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (1 << 60).to_bytes(8, "little") + b"x" * 9000,
+        (30).to_bytes(8, "little") + b"{" + b" " * 9000,
+        (2).to_bytes(8, "little") + b"[]" + b"x" * 9000,
+        (34).to_bytes(8, "little") + b'{"a": {"data_offsets": [0, "1"]}}' + b"x" * 9000,
+        (40).to_bytes(8, "little") + b'{"a": {"data_offsets": [-5, 99999999]}} ' + b"x" * 9000,
+    ],
+)
+def test_a_file_that_only_looks_like_safetensors_is_sampled_like_any_other(tmp_path, monkeypatch, data):
+    small_samples(monkeypatch)
+    first = make_model(tmp_path / "a", data)
+    second = make_model(tmp_path / "b", data[:-20] + b"y" * 20)
+    assert "weights" in model_facts(first, None)
+    assert model_facts(first, None) != model_facts(second, None)
 
 
 def test_weights_changed_in_place_are_noticed(tmp_path):
