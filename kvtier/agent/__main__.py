@@ -21,7 +21,7 @@ def main() -> None:
     import signal
     from contextlib import suppress
 
-    from kvtier.agent.process import LINGER_SECONDS, serve
+    from kvtier.agent.process import serve
     from kvtier.config import Config
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -31,7 +31,8 @@ def main() -> None:
     with suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     try:
-        serve(Config.model_validate_json(text), lock=lock, linger=LINGER_SECONDS)
+        config = Config.model_validate_json(text)
+        serve(config, lock=lock, linger=config.agent.linger)
     except Exception:
         logging.getLogger("kvtier.agent").exception("the agent failed")
         sys.exit(1)

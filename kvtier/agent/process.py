@@ -19,9 +19,6 @@ from kvtier.store import open_tiers
 
 _log = logging.getLogger(__name__)
 
-LINGER_SECONDS = 600.0
-"""An agent that an engine started ends when it has been without clients for so long."""
-
 _SWITCH_SECONDS = 0.0005
 """How long another thread may keep the interpreter from the one that answers requests."""
 

@@ -171,6 +171,7 @@ class AgentConfig(_Section):
             start it; "inprocess": there is none, and each engine has a store of its own.
         directory: Where its sockets lie; None for the usual place.
         http: "HOST:PORT" of its metrics and health; None for a free port on loopback.
+        linger: Seconds without clients after which an agent that an engine started ends.
     """
 
     mode: Annotated[str, rules.AGENT_MODE] = Field(
@@ -206,6 +207,9 @@ class Config(_Section):
     )
     flush_timeout: Annotated[float, rules.duration("0ms", "1h")] = _duration(
         "10s", "How long closing may take to write what is pending."
+    )
+    linger: Annotated[float, rules.duration("1s", "24h")] = _duration(
+        "10m", "How long an agent that an engine started stays when no engine uses it."
     )
 
 
