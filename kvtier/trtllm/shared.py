@@ -36,7 +36,6 @@ class SharedStore:
     namespace: Namespace
     pinned: PinnedMemory | None
     mailbox: AgentClient | None = None
-    # The agent writes what is pending when this process is gone: there is nothing to wait for.
     flush_seconds: float = 0.0
     device: torch.device | None = None
 
@@ -125,7 +124,10 @@ def attach_store(
         wait=0.0,
         deadlines=DEADLINES,
     )
-    return SharedStore(client, namespace, None, client, device=_gpu(device))
+    # An agent that others started writes what is pending when this process is gone. One of the engine's own
+    # may be ended with it, by whoever ends the container or the service.
+    seconds = config.flush_timeout if rank == 0 and config.agent.mode == "auto" else 0.0
+    return SharedStore(client, namespace, None, client, flush_seconds=seconds, device=_gpu(device))
 
 
 def _gpu(device: torch.device) -> torch.device | None:
