@@ -94,8 +94,8 @@ def hash_blocks(
         tokens: Token ids, int32 range; a trailing partial block is ignored.
         tokens_per_block: Tokens in a block.
         first_block: Position of the first block in the prompt; only matters to multimodal items.
-        multimodal: Items of the prompt; each mixes its digest, and where it lies relative to the block,
-            into every block that it overlaps.
+        multimodal: Items of the prompt; each mixes its digest, its length, and where it lies relative to
+            the block, into every block that it overlaps.
 
     Returns:
         `len(tokens) // tokens_per_block` hashes of 16 bytes.
@@ -122,5 +122,7 @@ def _multimodal_extra(items: Sequence[MultimodalItem], start: int, length: int) 
     for item in items:
         if item.start < start + length and start < item.start + item.length:
             offset = (item.start - start).to_bytes(8, "little", signed=True)
-            extra += b"M" + len(item.digest).to_bytes(4, "little") + item.digest + offset
+            # The length tells apart what was made of the same picture at two resolutions.
+            size = item.length.to_bytes(8, "little")
+            extra += b"M" + len(item.digest).to_bytes(4, "little") + item.digest + offset + size
     return extra

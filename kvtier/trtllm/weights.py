@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from functools import lru_cache
@@ -29,6 +30,10 @@ WHOLE_TENSOR_BYTES = 64 << 10
 MAX_HEADER_BYTES = 100 << 20
 """What the reader of safetensors itself accepts."""
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What the engine makes of pictures, whose digests are taken before."""
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 _PRIVATE = secrets.token_hex(16)
 
 
@@ -41,8 +46,8 @@ def model_facts(model: str | None, revision: str | None) -> dict[str, Any]:
 
     Returns:
         Plain JSON data: `config`, `quantization`, `index`, `weights` (bytes and digest of each file) and
-        `revision` where known. Without a readable model it is an identity that nobody else shares, or, for a
-        name without local files, the name and revision.
+        `revision` where known. Without readable weights it is an identity that nobody else shares, or, for a
+        commit on the hub, name and commit.
     """
     if model is None:
         log_once(
@@ -55,13 +60,15 @@ def model_facts(model: str | None, revision: str | None) -> dict[str, Any]:
             facts = _describe_files(place)
             if facts["weights"]:
                 return facts
-            log_once(_log, "no-weights", "no weight files in %s: identified by its path and config", place)
-            return {**facts, "name": model}
+            log_once(_log, "no-weights", "no weight files in %s: its KV stays private to this process", place)
+            return private_facts(model)
     except (OSError, ValueError) as error:
         log_once(_log, "unreadable", "cannot read the model's files, its KV stays private: %r", error)
         return private_facts(model)
-    log_once(_log, "name-only", "%s is no local model: identified by its name, not by its weights", model)
-    return {"name": model, "revision": revision}
+    if revision and _COMMIT.fullmatch(revision):
+        return {"name": model, "revision": revision}
+    log_once(_log, "name-only", "%s is no local model: its KV stays private to this process", model)
+    return {**private_facts(model), "revision": revision}
 
 
 def private_facts(model: str | None) -> dict[str, Any]:
@@ -110,14 +117,20 @@ def _local_files(model: str, revision: str | None) -> Path | None:
     path = Path(model).expanduser()
     if path.exists():
         return path.resolve() if path.is_file() else path
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    stored = cache / f"models--{model.replace('/', '--')}"
+    stored = _hub_cache() / f"models--{model.replace('/', '--')}"
     wanted = revision or "main"
     ref = stored / "refs" / wanted
     commit = ref.read_text().strip() if ref.is_file() else wanted
     snapshot = stored / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None
+
+
+def _hub_cache() -> Path:
+    """Return where the hub's own library keeps its snapshots."""
+    user = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{user}/huggingface")
+    older = os.environ.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub")
+    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE", older))).expanduser()
 
 
 def _describe_files(place: Path) -> dict[str, Any]:
@@ -130,6 +143,7 @@ def _describe_files(place: Path) -> dict[str, Any]:
         "config": config,
         "quantization": _read_json(place / "hf_quant_config.json"),
         "index": {file.name: _digest_whole(file) for file in sorted(place.glob("*.index.json"))},
+        "processor": {name: _read_json(place / name) for name in PROCESSOR_FILES},
         "weights": {file.name: _describe_weight(file) for file in _weight_files(place)},
     }
     if place.parent.name == "snapshots":

@@ -90,6 +90,8 @@ def test_a_multimodal_item_changes_the_blocks_that_it_overlaps_and_those_after()
     for other in (
         MultimodalItem(b"dog", 6, 4),
         MultimodalItem(b"cat", 5, 4),
+        # The same picture at another resolution.
+        MultimodalItem(b"cat", 6, 5),
     ):
         assert hash_blocks(ROOT, prompt, 4, multimodal=[other])[1] != with_image[1]
 

@@ -43,7 +43,9 @@ def test_what_a_save_changes_without_meaning_does_not_matter(tmp_path):
     assert namespace(model=first) == namespace(model=second)
 
 
-@pytest.mark.parametrize("change", ["config", "weight", "size", "index", "quantization", "another file"])
+@pytest.mark.parametrize(
+    "change", ["config", "weight", "size", "index", "quantization", "pictures", "another file"]
+)
 def test_a_model_that_differs_anywhere_is_another(tmp_path, change):
     first, second = make_model(tmp_path / "a"), make_model(tmp_path / "b")
     other = tmp_path / "b"
@@ -57,6 +59,8 @@ def test_a_model_that_differs_anywhere_is_another(tmp_path, change):
         (other / "model.safetensors.index.json").write_text("{}")
     elif change == "quantization":
         (other / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    elif change == "pictures":
+        (other / "preprocessor_config.json").write_text('{"max_pixels": 1}')
     else:
         (other / "more.bin").write_bytes(b"1")
     assert namespace(model=first) != namespace(model=second)
@@ -152,16 +156,44 @@ def test_a_hub_name_is_identified_by_its_local_snapshot(tmp_path, monkeypatch):
     assert "weights" not in model_facts("org/name", "other")
 
 
-def test_names_without_files_are_told_apart_by_name_and_revision(tmp_path, monkeypatch):
+def test_the_cache_of_the_hub_is_found_where_its_variables_say(tmp_path, monkeypatch):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    places = {
+        "XDG_CACHE_HOME": "huggingface/hub",
+        "HF_HOME": "hub",
+        "HUGGINGFACE_HUB_CACHE": ".",
+        "HF_HUB_CACHE": ".",
+    }
+    # Each goes before those above.
+    for layers, (name, below) in enumerate(places.items(), 1):
+        stored = tmp_path / name / below / "models--org--name"
+        make_model(stored / "snapshots" / "abc", num_hidden_layers=layers)
+        (stored / "refs").mkdir()
+        (stored / "refs" / "main").write_text("abc")
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert model_config("org/name", None)["num_hidden_layers"] == layers
+
+
+def test_names_without_files_are_told_apart_by_name_and_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert len({namespace(model=m, revision=r) for m in ("a/b", "a/c") for r in (None, "1", "2")}) == 6
+    commits, branches = ("0" * 40, "1" * 40), (None, "main")
+    here = {(m, r): namespace(model=m, revision=r) for m in ("a/b", "a/c") for r in (*commits, *branches)}
+    assert len(set(here.values())) == 8
+    monkeypatch.setattr(weights, "_PRIVATE", "another process")
+    # A branch may have other weights there, or tomorrow.
+    for (model, revision), known in here.items():
+        assert (namespace(model=model, revision=revision) == known) is (revision in commits)
 
 
-def test_a_directory_without_weights_is_told_apart_by_its_path(tmp_path):
+def test_a_directory_without_weights_is_private(tmp_path, monkeypatch):
     for name in ("a", "b"):
         make_model(tmp_path / name)
         (tmp_path / name / "model.safetensors").unlink()
-    assert namespace(model=str(tmp_path / "a")) != namespace(model=str(tmp_path / "b"))
+    here = namespace(model=str(tmp_path / "a"))
+    assert here != namespace(model=str(tmp_path / "b"))
+    monkeypatch.setattr(weights, "_PRIVATE", "another process")
+    assert here != namespace(model=str(tmp_path / "a"))
 
 
 def test_without_a_model_the_kv_is_private_to_the_process(monkeypatch):
