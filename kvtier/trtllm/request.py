@@ -156,6 +156,8 @@ class RequestState:
     seen: float = 0.0
     looked_at: float = 0.0
     _reported: list[int] = field(default_factory=list)
+    # Whether the next step is likely to be one of a single token, with no more than that to note.
+    _decoding: bool = False
     _cache: HashCache | None = None
 
     @classmethod
@@ -196,6 +198,7 @@ class RequestState:
         """Take the pages of a new allocation, by layer group; all tokens are prefilled anew."""
         self.pages = pages
         self.prompt = None
+        self._decoding = False
         self.placement += 1
 
     def hash_through(self, blocks: int) -> list[bytes]:
@@ -236,6 +239,7 @@ class RequestState:
         if is_new:
             self.see_tokens(token_array(data.new_tokens))
             self.prompt, self._reported = None, []
+            self._decoding = False
             self.placement += 1
         else:
             self.tokens.extend(data.new_tokens)
@@ -250,23 +254,27 @@ class RequestState:
 
     def step(self, data: Any) -> int:
         """Do what `advance` does for a request that was scheduled before; quickly where it only decodes."""
-        position = data.computed_position
+        new, position = data.new_tokens, data.computed_position
         if (
-            self.prompt is None
-            or self.promise is not None
-            or data.new_block_ids
-            or getattr(data, "new_block_ids_by_layer_group", None)
-            or not len(self._reported) == len(self.pages) == 1
-            or type(position) is not int
+            self._decoding
+            and self.promise is None
+            and len(new) == 1
+            and type(position) is int
+            and not data.new_block_ids
+            and getattr(data, "num_scheduled_tokens", None) == 1
+            and not getattr(data, "new_block_ids_by_layer_group", None)
         ):
-            return self.advance(data, is_new=False)
-        tokens = self.tokens
-        tokens.extend(data.new_tokens)
-        self.fresh = self._reported[0]
-        self.computed = position if position > 0 else 0
-        scheduled = getattr(data, "num_scheduled_tokens", None)
-        valid = self.computed + 1 if scheduled == 1 else self._valid_after(as_int(scheduled))
-        return min(valid, len(tokens))
+            tokens = self.tokens
+            tokens.append(new[0])
+            self.computed = position
+            return position + 1 if position < len(tokens) else len(tokens)
+        valid = self.advance(data, is_new=False)
+        self._decoding = (
+            self.computed >= (self.prompt or 0)
+            and len(self._reported) == len(self.pages) == 1
+            and self.fresh == self._reported[0]
+        )
+        return valid
 
     def settled(self, total: int) -> int:
         """Return how many leading tokens of a finished request with `total` tokens have valid KV.

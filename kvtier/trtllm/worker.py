@@ -77,7 +77,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """Take the orders of the coming iteration; what was not done of the former ones is given up."""
         super().bind_connector_meta(metadata)
         orders = metadata if isinstance(metadata, ConnectorMeta) else ConnectorMeta(self._session or 0)
-        self._give_up(set(self._loads) - set(orders.loads), set(self._saves) - set(orders.saves))
+        if self._loads or self._saves:
+            self._give_up(set(self._loads) - set(orders.loads), set(self._saves) - set(orders.saves))
         self._loads, self._saves, self._number = orders.loads, orders.saves, orders.number
         # Two leaders' numbers do not compare.
         known = isinstance(metadata, ConnectorMeta) and orders.session == self._session
