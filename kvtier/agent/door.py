@@ -41,6 +41,7 @@ class Door:
         sessions: Where they are entered.
         arrived: Called, from a greeter's thread, with each client that has been let in.
         counters: Where to count.
+        make_room: Called when somebody came who cannot use an agent of this version; says whether it ends.
     """
 
     def __init__(
@@ -50,11 +51,15 @@ class Door:
         sessions: Sessions,
         arrived: Callable[[Session], None],
         counters: Counters,
+        make_room: Callable[[], bool],
     ) -> None:
         self._stores = stores
         self._sessions = sessions
         self._arrived = arrived
         self._counters = counters
+        self._make_room = make_room
+        # These hear from the kernel that the agent has ended.
+        self._waiting: list[socket.socket] = []
         self._path = path
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -93,6 +98,8 @@ class Door:
         except (wire.WireError, KvTierError, OSError) as error:
             self._counters.add("refused_clients")
             log_once(_log, type(error).__name__, "a client was refused: %s", error)
+            if isinstance(error, wire.VersionMismatch) and self._make_room():
+                self._waiting.append(connection.dup())
             refuse(connection, str(error))
             return
         self._arrived(session)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvtier.agent.http import HealthServer
 from kvtier.agent.place import HTTP, agent_directory, make_directory, take_lock
+from kvtier.agent.room import ask_for_room
 from kvtier.agent.server import Agent
 from kvtier.agent.stores import Stores
 from kvtier.config import Config
@@ -41,6 +42,8 @@ def serve(config: Config, *, lock: int | None = None, linger: float | None = Non
     # For people, and for tests that kill it.
     os.truncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    if config.agent.directory is None:
+        ask_for_room(directory, config.flush_timeout)
     sys.setswitchinterval(_SWITCH_SECONDS)
     stores = Stores(config.memory.size, partial(open_tiers, config), flush_timeout=config.flush_timeout)
     try:

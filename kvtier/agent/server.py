@@ -82,7 +82,8 @@ class Agent:
         self._waiting = 0
         self._stopping = threading.Event()
         # Last: from here on clients come in.
-        self._door = Door(directory / wire.DOOR, stores, self.sessions, self._arrive, self.counters)
+        path = directory / wire.DOOR
+        self._door = Door(path, stores, self.sessions, self._arrive, self.counters, self._leave)
 
     @property
     def stopping(self) -> bool:
@@ -115,6 +116,14 @@ class Agent:
     def stats(self) -> dict[str, int | float]:
         """Return counters and gauges of the agent itself."""
         return {**self.counters.snapshot(), **self.stores.stats(), "clients": len(self.sessions)}
+
+    def _leave(self) -> bool:
+        """End early if an engine started this agent, and nobody uses it: there is to be another."""
+        if self._linger is None or len(self.sessions):
+            return False
+        _log.info("somebody needs another agent, and nobody this one")
+        self.stop()
+        return True
 
     def _serve(self, ended: Callable[[], bool]) -> None:
         poller = zmq.Poller()

@@ -294,6 +294,11 @@ def frame(message: Attach | Attached | Refused) -> bytes:
     return _FRAME.pack(_MAGIC, PROTOCOL_VERSION, len(payload)) + payload
 
 
+def leave_frame() -> bytes:
+    """Return the frame, of nobody's version, that makes an agent end if nobody uses it."""
+    return _FRAME.pack(_MAGIC, 0, 0)
+
+
 def frame_length(header: bytes) -> int:
     """Return the length of the payload that follows a frame's header.
 

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from kvtier.agent import link
@@ -27,6 +28,7 @@ from tests.agent_support import PROCESSES, Place, eventually
 from tests.e2e.test_connector_schedules import TOKENS_PER_BLOCK
 from tests.unit.test_engine_ranks import alive
 
+MODEL = {"layers": 3, "kv_heads": 4, "head_dim": 64}
 ARENA = "memfd:kvtier-arena"
 
 Holding = dict[str, int]
@@ -70,6 +72,11 @@ class CountedWorker(KvTierConnectorWorker):
         return {"holding": holding()}
 
 
+def use_model(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let engines, in all processes, have a model whose files say which one it is."""
+    monkeypatch.setenv("KVTIER_TEST_MODEL", HashModel(**MODEL, directory=directory / "model").path)
+
+
 def make_engine(ranks: int, connected: bool = True) -> Engine:
     """Start an engine whose next token depends on every byte of KV that any rank reads."""
     torch.set_num_threads(1)
@@ -82,7 +89,9 @@ def make_engine(ranks: int, connected: bool = True) -> Engine:
         overlap=True,
     )
     connector = {"leader_class": KvTierConnectorLeader, "worker_class": CountedWorker} if connected else {}
-    return Engine(HashModel(layers=3, kv_heads=4, head_dim=64), config, **connector)
+    model = HashModel(**MODEL)
+    model.path = os.environ["KVTIER_TEST_MODEL"]
+    return Engine(model, config, **connector)
 
 
 def answers(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
@@ -108,6 +117,8 @@ def _be_engine(ranks: int, orders: Connection, environment: Mapping[str, str]) -
                 orders.send(answers(engine, *arguments))
             elif order == "loaded":
                 orders.send(sum(sequence.metrics.tokens_external for sequence in engine._sequences.values()))
+            elif order == "leader":
+                orders.send(engine.connector.leader.stats())
             else:
                 orders.send(engine.ranks.stats())
     except (EOFError, RankLost):

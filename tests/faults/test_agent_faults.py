@@ -5,24 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 
 import pytest
 
-from kvtier.agent import launch as launch_module
 from kvtier.agent.client import Deadlines
-from kvtier.agent.launch import launch
-from kvtier.agent.place import HTTP, LOCK
-from kvtier.agent.process import serve
-from kvtier.config import AgentConfig, Config, DiskConfig, MemoryConfig
-from kvtier.errors import ConfigError
-from kvtier.store import open_tiers, ticket_slot
-from tests.agent_support import PATIENT, PROCESSES, AgentProcess, AgentThread, Place, eventually, namespace_of
-from tests.store_support import LAYOUT, ROOT, chain, content, read, save
+from kvtier.store import ticket_slot
+from tests.agent_support import PATIENT, PROCESSES, AgentProcess, Place, eventually
+from tests.store_support import ROOT, chain, content, read, save
 
 SHORT = Deadlines(0.05, 0.05)
 ENDLESS = Deadlines(1000.0, 1000.0)
@@ -292,123 +283,3 @@ def test_an_engine_of_two_ranks_that_loses_one_is_promised_nothing(place, first)
         eventually(lambda: observer.stats()["filling_slots"] == 0, "the reservations are free")
         eventually(lambda: observer.stats()["leases"] == 0, "the leases are free")
         observer.close(5)
-
-
-class TestStarting:
-    """Agents that engines start."""
-
-    @pytest.fixture
-    def auto(self, place):
-        place.config = Config(
-            memory=MemoryConfig(size=1 << 20), agent=AgentConfig(mode="auto", directory=place.directory)
-        )
-        yield place
-        kill_agent(place)
-
-    def test_the_first_engine_starts_it_and_it_outlives_the_engine(self, auto):
-        (engine,) = start_engine(auto, 1)
-        kill(engine)
-        client = auto.connect(spawn=False)
-        assert read(client, client.match(chain(4)).slots) == [content(block) for block in chain(4)]
-        client.close(5)
-
-    def test_engines_that_start_at_once_end_with_one_agent(self, auto):
-        ready = PROCESSES.Semaphore(0)
-        engines = [
-            PROCESSES.Process(target=be_engine, args=(auto, f"engine {n}", 0, 1, ready), daemon=True)
-            for n in range(4)
-        ]
-        for engine in engines:
-            engine.start()
-        for _ in engines:
-            assert ready.acquire(timeout=60), auto.log()
-        client = auto.connect(spawn=False)
-        # All of them hold something of the same store.
-        assert client.stats()["leases"] == 4
-        assert auto.log().count("the agent serves") == 1
-        assert not (auto.directory / "log.old").exists()
-        for engine in engines:
-            kill(engine)
-        client.close(5)
-
-    def test_an_agent_that_was_killed_is_started_again(self, auto):
-        client = auto.connect()
-        assert save(client, chain(2)) == 2
-        kill_agent(auto)
-        eventually(lambda: not client.connected, "the agent is gone")
-        recovered(client)
-        assert save(client, chain(2)) == 2
-        assert "the agent serves" in (auto.directory / "log.old").read_text()
-        client.close(5)
-
-    def test_a_taken_lock_means_that_somebody_else_starts_it(self, auto):
-        assert launch(auto.config, auto.directory)
-        assert not launch(auto.config, auto.directory)
-        client = auto.connect(spawn=False)
-        client.close(1)
-
-    def test_an_agent_that_cannot_start_says_why_and_is_not_started_for_ever(self, auto, monkeypatch):
-        starts = []
-        original = launch_module.subprocess.run
-
-        def counted(*arguments, **options):
-            starts.append(1)
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(launch_module.subprocess, "run", counted)
-        monkeypatch.setattr("kvtier.agent.link.FIRST_LAUNCH_SECONDS", 1000.0)
-        nowhere = AgentConfig(mode="auto", directory=auto.directory, http="256.256.256.256:1")
-        auto.config = auto.config.model_copy(update={"agent": nowhere})
-        client = auto.connect(wait=0)
-        eventually(lambda: "the agent failed" in auto.log(), "the agent says why")
-        assert "cannot listen" in auto.log()
-        time.sleep(0.3)
-        assert len(starts) == 1
-        assert client.match(chain(1), wait=1000).slots == ()
-        client.close(1)
-
-
-def kill_agent(place: Place) -> None:
-    """Kill the agent that an engine started at a place."""
-    text = (place.directory / LOCK).read_text()
-    try:
-        os.kill(int(text), signal.SIGKILL)
-    except (ProcessLookupError, ValueError):
-        return
-
-
-def test_the_command_serves_until_it_is_told_to_end(place):
-    file = place.directory / "kvtier.yaml"
-    disk = place.directory / "disk"
-    file.write_text(
-        f"memory: {{size: 1MiB}}\ndisk: {{path: {disk}, size: 1GiB}}\n"
-        f"agent: {{mode: external, directory: {place.directory}}}\n"
-    )
-    command = "import typer; from kvtier.cli.agent import agent; typer.run(agent)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "--config", str(file)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        client = place.connect()
-        address = (place.directory / HTTP).read_text().strip()
-        with urllib.request.urlopen(f"http://{address}/readyz", timeout=30) as answer:
-            assert answer.status == 200
-        with pytest.raises(ConfigError, match="an agent runs here already"):
-            serve(place.config)
-        save(client, chain(20))
-        client.stats()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        client.close(1)
-    finally:
-        process.kill()
-        process.communicate()
-    assert not (place.directory / HTTP).exists()
-    # It was written before the end.
-    config = Config(memory=MemoryConfig(size=1 << 20), disk=DiskConfig(path=disk, size=1 << 30))
-    with AgentThread(place, open_tiers(config, namespace_of(), LAYOUT)):
-        client = place.connect()
-        match = client.match(chain(20), wait=30)
-        assert read(client, match.slots) == [content(block) for block in chain(20)]
-        assert dict(match.sources) == {"disk": 20}
-        client.close(5)

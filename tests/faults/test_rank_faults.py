@@ -28,6 +28,7 @@ from tests.faults.rank_support import (
     make_engine,
     metrics,
     sockets,
+    use_model,
 )
 
 ROUNDS = int(os.environ.get("KVTIER_FAULT_ROUNDS", "0"))
@@ -53,6 +54,7 @@ def place(monkeypatch, tmp_path, request) -> Iterator[Place]:
     }
     file.write_text(yaml.safe_dump(settings))
     monkeypatch.setenv("KVTIER_CONFIG", str(file))
+    use_model(monkeypatch, tmp_path)
     yield place
     place.remove()
 
@@ -150,7 +152,11 @@ class Schedule:
             values = metrics(self.place)
             return {name: values.get(name, -1.0) for name in quiet}
 
-        same(under_way, quiet)
+        try:
+            same(under_way, quiet)
+        except AssertionError:
+            print(metrics(self.place), self.place.log(), self.engine.ask("leader"))
+            raise
         same(self.engine.holdings, self.least)
         same(self.agent_holding, self.least_agent)
         same(holding, self.least_here)
