@@ -10,7 +10,7 @@ from typing import Any
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.trtllm.adapters import Adapters
-from kvtier.trtllm.fields import as_int
+from kvtier.trtllm.fields import as_int, dig
 from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.interface import KvCacheConnectorScheduler
@@ -55,6 +55,12 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         self._running = RunningSaves()
         self._hashes: HashCache | None = None
         self._nothing = ConnectorMeta(self._session)
+        if dig(llm_args, "kv_cache_config", "enable_block_reuse") is False:
+            log_once(
+                _log,
+                "no-reuse",
+                "kv_cache_config.enable_block_reuse is off: nothing is ever loaded, blocks are only saved",
+            )
 
     @shielded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
@@ -80,7 +86,16 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         tokens = token_array(request.get_tokens(0))
         state.see_tokens(tokens)
         size = state.tokens_per_block
-        if state.identity is None or num_computed_tokens % size:
+        if state.identity is None:
+            return 0, False
+        if num_computed_tokens % size:
+            self._counters.add("lookups_inside_block")
+            log_once(
+                _log,
+                "partial",
+                "a local match ends inside a block, and nothing can be loaded behind it: set"
+                " kv_cache_config.enable_partial_reuse to false",
+            )
             return 0, False
         prompt = min(len(tokens), as_int(getattr(request, "prompt_len", None)) or len(tokens))
         first, last = num_computed_tokens // size, (prompt - 1) // size

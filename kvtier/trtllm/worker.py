@@ -26,6 +26,10 @@ from kvtier.trtllm.transfer import Blocks, Transfers, transfers_for
 _log = logging.getLogger(__name__)
 
 
+def _no_saves() -> tuple[Save, ...]:
+    return ()
+
+
 class KvTierConnectorWorker(KvCacheConnectorWorker):
     """Does what its leader's metadata says: loads before the forward pass, saves after it.
 
@@ -246,13 +250,17 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         end = partial(self._saved_tails.append, request_id)
         # Until its leader is known for certain, a worker could take the tail of another engine's request.
         certain = self._session is not None and self._session == self._runtime.session
-        saves = self._runtime.take_tail(request_id, self._rank) if certain else ()
+        saves = self._take_tail(request_id) if certain else ()
         if saves:
             self._save(saves, end, EVERY_PASS)
         elif self._transfers is not None:
             self._transfers.after_saves(end)
         else:
             end()
+
+    @shielded(_no_saves)
+    def _take_tail(self, request_id: int) -> tuple[Save, ...]:
+        return self._runtime.take_tail(request_id, self._rank)
 
     def _with_addresses(self, store: StoreClient, blocks: Sequence[tuple[int, Pages]]) -> Blocks:
         slots = self._slots.find(store, self._shard, [slot for slot, _ in blocks])

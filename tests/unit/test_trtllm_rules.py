@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from kvtier import _logging
 from kvtier.engine.versions import SchedulerOutput
 from kvtier.trtllm import BrokenPromise, KvTierConnectorLeader, KvTierConnectorWorker, table
 from kvtier.trtllm.meta import ConnectorMeta
@@ -643,3 +644,28 @@ def test_orders_of_a_pass_that_was_called_off_are_given_up(rig):
     rig.begin()
     assert rig.leftovers()["filling"] == rig.leftovers()["leases"] == 0
     assert rig.worker.stats()["orders_given_up"] == 3
+
+
+def test_rule_2_partial_reuse_is_counted_and_said(rig, caplog, monkeypatch):
+    """Left on, as the engine has it by default, it makes nearly every local match end inside a block."""
+    monkeypatch.setattr(_logging, "_last", {})
+    rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+    assert rig.leader.get_num_new_matched_tokens(FakeRequest(2, [*PROMPT, 9]), SIZE + 1) == (0, False)
+    assert rig.leader.stats()["lookups_inside_block"] == 1
+    assert "enable_partial_reuse" in caplog.text
+
+
+def test_rule_14_that_nothing_is_ever_loaded_without_block_reuse_is_said(rig, caplog, monkeypatch):
+    monkeypatch.setattr(_logging, "_last", {})
+    KvTierConnectorLeader(llm_args(kv_cache_config__enable_block_reuse=False))
+    assert "enable_block_reuse" in caplog.text
+
+
+def test_rule_8_orders_that_make_no_sense_are_no_orders(rig, monkeypatch):
+    """They come through a socket; and the engine counts on every id that it has named."""
+    mailbox = MagicMock(fetch=lambda request_id: b"[" * 10**6)
+    runtime = rig.worker._runtime
+    rig.iterate()
+    monkeypatch.setattr(runtime, "_joined", set())
+    monkeypatch.setattr(runtime._stores[0], "mailbox", mailbox)
+    assert rig.worker.get_finished([5], []) == ([5], [])
