@@ -46,7 +46,7 @@ def _inspect(config: S3Config) -> dict[str, Any]:
         "usable": all(check.ok for check in checks if check.needed),
         "checks": [asdict(check) for check in checks],
         "aborted_uploads": _set_upload_rule(config),
-        "policy": iam_policy(config.bucket, config.prefix, config.region),
+        "policy": iam_policy(config),
     }
 
 

@@ -80,6 +80,9 @@ def _describe_s3(s3: S3Config) -> list[str]:
         f"byte make a miss; other nodes' blocks are looked for every {format_duration(s3.index_refresh)}.",
         f"s3: {_describe_lifecycle(s3)}",
     ]
+    if s3.encryption:
+        key = f" with the key {s3.kms_key}" if s3.kms_key else ""
+        lines.append(f"s3: the server is asked to encrypt what is written by {s3.encryption}{key}.")
     if s3.warm_on_start:
         size = format_size(s3.warm_on_start)
         lines.append(f"s3: at the start, up to {size} of the most used blocks are brought to the disk.")

@@ -76,6 +76,11 @@ class S3Config(_Section):
         index_refresh: Seconds between looks for index segments of other nodes.
         concurrency: Requests under way at once.
         transport: Client that moves the data: "http" (kvtier's own) or "boto3".
+        encryption: Server-side encryption that objects are written with: "AES256" or "aws:kms"; None for what
+            the bucket does by itself.
+        kms_key: The key of "aws:kms"; None for the account's own.
+        checksums: Whether objects are sent with a checksum that the server compares.
+        express: Whether the bucket is an S3 Express directory bucket.
         ttl: Seconds without a use after which what is stored is deleted; None: never.
         quota: Bytes that may be stored below the prefix; beyond them the least recently used go; None: any.
         warm_on_start: Bytes of the most used blocks that are brought to the local disk at the start; None:
@@ -111,6 +116,18 @@ class S3Config(_Section):
     transport: Annotated[str, rules.TRANSPORT] = Field(
         default="http", description="Client that moves the data: kvtier's own (http), or boto3."
     )
+    encryption: Annotated[str, rules.ENCRYPTION] | None = Field(
+        default=None, description="Server-side encryption of what is written; by default the bucket's."
+    )
+    kms_key: Annotated[str, rules.KMS_KEY] | None = Field(
+        default=None, description="KMS key of the encryption aws:kms; by default the account's."
+    )
+    checksums: Annotated[bool, rules.FLAG] = Field(
+        default=False, description="Objects are sent with a CRC32 that the server compares."
+    )
+    express: Annotated[bool, rules.FLAG] = Field(
+        default=False, description="The bucket is an S3 Express directory bucket, NAME--ZONE--x-s3."
+    )
     ttl: Annotated[float, rules.duration("10m", "100000h")] | None = Field(
         default=None, description="Time without a use after which what is stored is deleted."
     )
@@ -132,6 +149,23 @@ class S3Config(_Section):
             raise ValueError(
                 "has a default key for a server that is not on this machine; allowed there: access_key_env "
                 "and secret_key_env without :-default"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> S3Config:
+        if self.kms_key is not None and self.encryption != "aws:kms":
+            raise ValueError("has a kms_key that nothing uses; allowed: kms_key with encryption: aws:kms")
+        named_express = rules.express_zone(self.bucket) is not None
+        if self.express and not named_express:
+            raise ValueError(
+                f"names {self.bucket} an S3 Express bucket; allowed with express: true: names like "
+                "team-kv--use1-az4--x-s3"
+            )
+        if named_express and not self.express:
+            raise ValueError(
+                f"names the S3 Express bucket {self.bucket} without saying so; allowed: another bucket, or "
+                "express: true"
             )
         return self
 
@@ -175,14 +209,17 @@ class AgentConfig(_Section):
     """
 
     mode: Annotated[str, rules.AGENT_MODE] = Field(
-        default="inprocess",
-        description="Who starts the agent: engines (auto), others (external), nobody.",
+        default="auto",
+        description="Who starts the agent: engines (auto), others (external), nobody (inprocess).",
     )
     directory: Annotated[Path, rules.SOCKET_DIRECTORY] | None = Field(
         default=None, description="Directory of the agent's sockets; by default one for each configuration."
     )
     http: Annotated[str, rules.ADDRESS] | None = Field(
         default=None, description="HOST:PORT of metrics and health; by default a free port on loopback."
+    )
+    linger: Annotated[float, rules.duration("1s", "24h")] = _duration(
+        "10m", "How long an agent that an engine started stays when no engine uses it."
     )
 
 
@@ -207,9 +244,6 @@ class Config(_Section):
     )
     flush_timeout: Annotated[float, rules.duration("0ms", "1h")] = _duration(
         "10s", "How long closing may take to write what is pending."
-    )
-    linger: Annotated[float, rules.duration("1s", "24h")] = _duration(
-        "10m", "How long an agent that an engine started stays when no engine uses it."
     )
 
 

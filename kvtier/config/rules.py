@@ -28,6 +28,7 @@ REFERENCE_PATTERN = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
 """`${NAME}` and `${NAME:-default}`, which stand for the value of an environment variable: groups 1 and 3."""
 
 TRANSPORTS = ("http", "boto3")
+ENCRYPTIONS = ("AES256", "aws:kms")
 AGENT_MODES = ("auto", "external", "inprocess")
 
 _MAX_SIZE = 2**60
@@ -35,6 +36,8 @@ _MAX_SIZE = 2**60
 _MAX_SOCKET_DIRECTORY = 80
 _BUCKET_PATTERN = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _PREFIX_PATTERN = r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*"
+_EXPRESS_PATTERN = r".+--([a-z0-9-]+)--x-s3"
+_KMS_KEY_PATTERN = r"[A-Za-z0-9:/_-]{1,2048}"
 _KEY_SOURCE_PATTERN = r"([A-Z_][A-Z0-9_]*)(:-(.+))?"
 
 
@@ -72,6 +75,12 @@ def key_source(text: str) -> tuple[str, str | None]:
     if match is None:
         raise ValueError("not the name of an environment variable")
     return match[1], match[3]
+
+
+def express_zone(bucket: str) -> str | None:
+    """Return the zone in the name of an S3 Express directory bucket, None for other buckets."""
+    match = re.fullmatch(_EXPRESS_PATTERN, bucket)
+    return match[1] if match else None
 
 
 def is_local(endpoint: str | None) -> bool:
@@ -138,10 +147,6 @@ def _check_bucket(value: Any, from_file: bool) -> str:
     if value.startswith(("xn--", "sthree-")):
         raise ValueError(
             "begins with a prefix that S3 reserves; allowed: names not beginning with xn-- or sthree-"
-        )
-    if value.endswith("--x-s3"):
-        raise ValueError(
-            "is a directory bucket, which cannot list in order; allowed: a general purpose bucket"
         )
     return value
 
@@ -211,6 +216,18 @@ def _check_transport(value: Any, from_file: bool) -> str:
     return str(value)
 
 
+def _check_encryption(value: Any, from_file: bool) -> str:
+    if value not in ENCRYPTIONS:
+        raise ValueError(f"is no server-side encryption; allowed: {', '.join(ENCRYPTIONS)}")
+    return str(value)
+
+
+def _check_kms_key(value: Any, from_file: bool) -> str:
+    if not isinstance(value, str) or not re.fullmatch(_KMS_KEY_PATTERN, value):
+        raise ValueError("is no KMS key; allowed: its ARN, id or alias, letters, digits and :/_-")
+    return value
+
+
 def _check_agent_mode(value: Any, from_file: bool) -> str:
     if value not in AGENT_MODES:
         raise ValueError(f"is no way to run the store; allowed: {', '.join(AGENT_MODES)}")
@@ -272,6 +289,8 @@ CONCURRENCY = Rule(
     {"type": ["integer", "string"], "minimum": 1, "maximum": 1024, "pattern": _or_reference("[0-9]{1,4}")},
 )
 TRANSPORT = Rule(_check_transport, _text_schema("|".join(TRANSPORTS)))
+ENCRYPTION = Rule(_check_encryption, _text_schema("|".join(ENCRYPTIONS)))
+KMS_KEY = Rule(_check_kms_key, _text_schema(_KMS_KEY_PATTERN))
 AGENT_MODE = Rule(_check_agent_mode, _text_schema("|".join(AGENT_MODES)))
 SOCKET_DIRECTORY = Rule(_check_socket_directory, _text_schema("/.*"))
 ADDRESS = Rule(_check_address, _text_schema(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}"))

@@ -35,17 +35,20 @@ def unpack(directory: Path) -> None:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise Missing("radosgw comes from Debian's packages; this machine has no apt-get")
     root = directory / "root"
-    if (root / "usr/bin/radosgw").exists():
+    if root.exists():
         return
-    root.mkdir(parents=True, exist_ok=True)
+    begun = directory / "begun"
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(parents=True)
     wanted = _said(["apt-get", "install", "--simulate", "--no-install-recommends", *PACKAGES], directory)
     names = [line.split()[1] for line in wanted.splitlines() if line.startswith("Inst ")]
     _said(["apt-get", "download", *names], directory)
     for package in directory.glob("*.deb"):
-        _said(["dpkg", "-x", str(package), str(root)], directory)
+        _said(["dpkg", "-x", str(package), str(begun)], directory)
         package.unlink()
-    if not (root / "usr/bin/radosgw").exists():
+    if not (begun / "usr/bin/radosgw").exists():
         raise Missing("radosgw is installed in the system, or its package has another form")
+    begun.rename(root)
 
 
 def _said(command: list[str], directory: Path) -> str:

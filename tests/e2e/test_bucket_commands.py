@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from kvtier.cli import app
 from kvtier.codec import BlockCodec, check_block
+from kvtier.config import S3Config
 from kvtier.errors import CorruptBlock
 from kvtier.hashing import Namespace, chain_root, hash_blocks
 from kvtier.layout import BlockLayout
@@ -156,22 +157,23 @@ def test_verify_lists_what_is_damaged_and_repairs_it(s3_bucket: S3Place, run: Co
     assert rest
     spoil(s3_bucket, flipped, 16 + len(blocks[0].payload) // 2)
     s3_bucket.put(cut, s3_bucket.get(cut)[:-5])
-    [segment] = keys(s3_bucket, "index")
-    spoil(s3_bucket, segment, 100)
+    segments = keys(s3_bucket, "index")
+    for segment in segments:
+        spoil(s3_bucket, segment, 100)
     document = f"{s3_bucket.prefix}/{NAMESPACE.hex}/namespace.json"
     s3_bucket.put(document, b"{}")
 
     result = run("verify", "--json")
     assert result.exit_code == 1
     damages = report_of(result)["namespaces"][NAMESPACE.hex]["damages"]
-    assert {damage["key"] for damage in damages} == {flipped, cut, segment, document}
+    assert {damage["key"] for damage in damages} == {flipped, cut, document, *segments}
     [block] = [damage["block"] for damage in damages if damage["key"] == flipped]
     assert block in {block.hash.hex() for block in blocks}
     assert f"damaged: {flipped} block {block}: " in run("verify").stdout
 
     repaired = run("verify", "--repair", "--json")
     assert repaired.exit_code == 1
-    assert report_of(repaired)["removed"] == 4
+    assert report_of(repaired)["removed"] == 3 + len(segments)
     assert report_of(repaired)["reindexed"] == len(rest)
     assert run("verify").exit_code == 0
     tier = open_tier(s3_bucket)
@@ -234,7 +236,7 @@ def test_bucket_init_on_a_server_where_everything_is_allowed(s3_bucket: S3Place,
     assert {rule["ID"] for rule in rules} == {"mine", f"kvtier-aborted-uploads-{s3_bucket.prefix}"}
     [kept] = [rule for rule in rules if rule["ID"] == "mine"]
     assert kept["Expiration"] == {"Days": 7}
-    assert report["policy"] == iam_policy(BUCKET, s3_bucket.prefix, "us-east-1")
+    assert report["policy"] == iam_policy(s3_bucket.config(region="us-east-1"))
     probes = s3_bucket.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{s3_bucket.prefix}/")
     assert probes["KeyCount"] == 0
     text = run("bucket", "init").stdout
@@ -298,8 +300,15 @@ def test_without_a_bucket_there_is_one_message(tmp_path: Path, monkeypatch: pyte
 
 def test_the_shipped_policy_is_the_one_that_is_printed() -> None:
     shipped = Path(__file__).parents[2] / "deploy" / "iam-policy.json"
-    assert json.loads(shipped.read_text()) == iam_policy("YOUR-BUCKET", "kvtier")
-    text = json.dumps(iam_policy("b", "p", "cn-north-1", "arn:aws-cn:kms:cn-north-1:1:key/2"))
-    assert "arn:aws-cn:s3:::b/p/*" in text
-    assert "kms:GenerateDataKey" in text
-    assert "arn:aws-us-gov:s3:::b" in json.dumps(iam_policy("b", "p", "us-gov-west-1"))
+    assert json.loads(shipped.read_text()) == iam_policy(S3Config(bucket="your-bucket"))
+
+    def text(**settings: Any) -> str:
+        return json.dumps(iam_policy(S3Config(**{"bucket": "abc", "prefix": "p", **settings})))
+
+    assert "arn:aws-cn:s3:::abc/p/*" in text(region="cn-north-1")
+    assert "arn:aws-us-gov:s3:::abc" in text(region="us-gov-west-1")
+    assert "kms:" not in text(encryption="aws:kms")
+    assert "kms:GenerateDataKey" in text(encryption="aws:kms", kms_key="arn:aws:kms:eu-west-1:1:key/2")
+    express = text(bucket="abc--use1-az4--x-s3", express=True)
+    assert "s3express:CreateSession" in express
+    assert "s3:PutObject" not in express

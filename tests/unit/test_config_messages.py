@@ -102,6 +102,17 @@ def s3(line: str) -> str:
             s3("access_key_env: SOME_KEY"),
             "2: s3: has only one of access_key_env and secret_key_env; allowed: both or",
         ),
+        (
+            s3("encryption: AES"),
+            '4: s3.encryption: "AES" is no server-side encryption; allowed: AES256, aws:kms',
+        ),
+        (s3("encryption: aws:kms\n  kms_key: a b"), '5: s3.kms_key: "a b" is no KMS key; allowed: its ARN'),
+        (s3("kms_key: alias/kv"), "2: s3: has a kms_key that nothing uses; allowed: kms_key with encryption"),
+        (s3("express: true"), "2: s3: names .* an S3 Express bucket; allowed .* team-kv--use1-az4--x-s3"),
+        (
+            f"{MEMORY}s3: {{bucket: kv--use1-az4--x-s3}}",
+            "2: s3: names the S3 Express bucket .*; allowed: another bucket, or express: true",
+        ),
         (f"{MEMORY}{MEMORY}", "2: memory: stands twice, first in line 1; allowed: once"),
         (s3("bucket: abd"), "4: s3.bucket: stands twice, first in line 3; allowed: once"),
         (
@@ -203,7 +214,6 @@ def test_endpoints_that_are_no_url(files: Files, endpoint: str, said: str) -> No
         "192.168.5.4",
         "xn--abc",
         "sthree-abc",
-        "kv--use1-az4--x-s3",
         "a/b",
         "bücket",
         "12345",

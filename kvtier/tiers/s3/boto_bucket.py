@@ -9,9 +9,8 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import botocore.exceptions as boto_errors
 import urllib3.exceptions
@@ -102,15 +101,13 @@ class BotoBucket:
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
         """See `Bucket.list`."""
+        if self._config.express:
+            yield from self._list_sorted(prefix, start_after)
+            return
         last = start_after
         more: dict[str, str] = {"StartAfter": start_after} if start_after else {}
         while True:
-            self._counters.add("list_requests")
-            page: Any = {"Bucket": self._config.bucket, "Prefix": prefix, **more}
-            reply = self._ask(f"LIST {prefix}", partial(_list_page, page))
-            if "IsTruncated" not in reply:
-                raise BadReply(f"LIST {prefix}: not a listing")
-            self._note_time(reply["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+            reply = self._list_page(prefix, more)
             page_start = last
             for item in reply.get("Contents", []):
                 # Servers differ in how they treat StartAfter; order and prefix are what we rely on.
@@ -147,6 +144,15 @@ class BotoBucket:
         meta = self._connect().meta
         return meta.endpoint_url, meta.region_name
 
+    def create_session(self) -> Mapping[str, Any]:
+        """Make a session with a directory bucket and return its credentials.
+
+        Raises:
+            TierError: The bucket does not answer or refuses.
+        """
+        reply = self._ask("CreateSession", lambda client: client.create_session(Bucket=self._config.bucket))
+        return reply["Credentials"]
+
     def close(self) -> None:
         """See `Bucket.close`."""
         with self._lock:
@@ -163,6 +169,31 @@ class BotoBucket:
             if self._client is None:
                 self._client = make_client(self._config)
             return self._client
+
+    def _list_sorted(self, prefix: str, start_after: str) -> Iterator[ListedObject]:
+        """List a directory bucket: it knows no order, and no prefixes but whole folders."""
+        found: list[ListedObject] = []
+        more: dict[str, str] = {}
+        while True:
+            reply = self._list_page(prefix[: prefix.rfind("/") + 1], more)
+            for item in reply.get("Contents", []):
+                if item["Key"] > start_after and item["Key"].startswith(prefix):
+                    found.append(ListedObject(item["Key"], item["Size"], item["LastModified"].timestamp()))
+            if not reply["IsTruncated"]:
+                break
+            if reply.get("NextContinuationToken", "") in ("", more.get("ContinuationToken")):
+                raise BadReply(f"LIST {prefix}: the listing does not advance")
+            more = {"ContinuationToken": reply["NextContinuationToken"]}
+        yield from sorted(found, key=lambda item: item.key)
+
+    def _list_page(self, prefix: str, more: dict[str, str]) -> ListObjectsV2OutputTypeDef:
+        self._counters.add("list_requests")
+        request: Any = {"Bucket": self._config.bucket, "Prefix": prefix, **more}
+        reply = self._ask(f"LIST {prefix}", lambda client: client.list_objects_v2(**request))
+        if "IsTruncated" not in reply:
+            raise BadReply(f"LIST {prefix}: not a listing")
+        self._note_time(reply["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+        return reply
 
     def _ask(self, what: str, request: Callable[[S3Client], T]) -> T:
         """Make a request; where its credentials have expired, once more with those that are found now."""
@@ -231,6 +262,10 @@ class BotoBucket:
         request: Any = {"Bucket": self._config.bucket, "Key": key, "Body": body}
         if conditional:
             request["IfNoneMatch"] = "*"
+        if self._config.encryption:
+            request["ServerSideEncryption"] = self._config.encryption
+        if self._config.kms_key:
+            request["SSEKMSKeyId"] = self._config.kms_key
         self._counters.add("put_requests")
         reply = self._ask(f"PUT {key}", lambda client: client.put_object(**request))
         if "ETag" not in reply:
@@ -245,10 +280,6 @@ def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
     return int(match[1]), int(match[2]), int(match[3])
 
 
-def _list_page(page: Any, client: S3Client) -> ListObjectsV2OutputTypeDef:
-    return client.list_objects_v2(**page)
-
-
 def make_client(config: S3Config) -> S3Client:
     """Return a boto3 client for this bucket, retrying nothing by itself; takes some hundred milliseconds."""
     with translated("connecting"):
@@ -257,15 +288,16 @@ def make_client(config: S3Config) -> S3Client:
             endpoint_url=config.endpoint,
             region_name=config.region or ("us-east-1" if config.endpoint else None),
             config=Config(
-                signature_version="s3v4",
-                s3={"addressing_style": "path" if config.uses_path_style else "auto"},
+                # botocore itself knows how a directory bucket's requests are signed.
+                signature_version=None if config.express else "s3v4",
+                s3={"addressing_style": _addressing_style(config)},
                 connect_timeout=config.connect_timeout,
                 read_timeout=config.read_timeout,
                 retries={"total_max_attempts": 1, "mode": "standard"},
                 # Reads, uploads, index: none of them waits for a connection.
                 max_pool_connections=config.concurrency + 32,
                 # Some servers send the whole object's checksum with a range; blocks carry their own.
-                request_checksum_calculation="when_required",
+                request_checksum_calculation="when_supported" if config.checksums else "when_required",
                 response_checksum_validation="when_required",
                 tcp_keepalive=True,
                 user_agent_extra=f"kvtier/{__version__}",
@@ -274,6 +306,13 @@ def make_client(config: S3Config) -> S3Client:
     for operation in _MD5_OPERATIONS:
         client.meta.events.register(f"before-call.s3.{operation}", _add_content_md5)
     return client
+
+
+def _addressing_style(config: S3Config) -> Literal["path", "virtual", "auto"]:
+    if config.uses_path_style and not config.express:
+        return "path"
+    # What botocore chooses by itself is right on AWS; elsewhere it is the path, whatever was configured.
+    return "auto" if config.endpoint is None or config.express or "." in config.bucket else "virtual"
 
 
 def _add_content_md5(params: dict[str, Any], **_: object) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import re
 import time
+import zlib
 from collections.abc import Iterator
 
 from kvtier._counters import Counters
@@ -20,8 +22,9 @@ from kvtier.tiers.s3.bucket import (
     RangeMissing,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
+from kvtier.tiers.s3.express import Sessions, express_host
 from kvtier.tiers.s3.hedge import Pace
-from kvtier.tiers.s3.http_connection import Body, Deadline, Stalled
+from kvtier.tiers.s3.http_connection import Body, Deadline, Origin, Stalled
 from kvtier.tiers.s3.http_exchange import Address, Exchange, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
 from kvtier.tiers.s3.replies import error_of, read_error
@@ -43,7 +46,8 @@ class HttpBucket:
         self._config = config
         self._counters = counters
         self._control = BotoBucket(config, counters)
-        self._exchange = Exchange(config, counters, self._locate)
+        sessions = Sessions(self._control.create_session) if config.express else None
+        self._exchange = Exchange(config, counters, self._locate, sessions)
         self._retries = Retries()
         self.put_condition = ConditionalPut(self._put)
 
@@ -91,6 +95,8 @@ class HttpBucket:
 
     def _locate(self) -> Address:
         endpoint, region = self._control.place()
+        if self._config.express and self._config.endpoint is None:
+            return Address(Origin(True, express_host(self._config.bucket, region), 443), "", region)
         return address_of(endpoint, self._config.bucket, self._config.uses_path_style, region)
 
     def _deadline(self, length: int) -> Deadline:
@@ -159,7 +165,9 @@ class HttpBucket:
 
     def _put(self, key: str, body: bytes, conditional: bool) -> None:
         self._counters.add("put_requests")
-        headers = {"If-None-Match": "*"} if conditional else {}
+        headers = put_headers(self._config, body)
+        if conditional:
+            headers["If-None-Match"] = "*"
         with self._request("PUT", key, headers, body, self._deadline(len(body))) as (head, reply):
             reply.read(_MAX_ERROR_BYTES)
             if "etag" not in head.headers:
@@ -196,6 +204,18 @@ class HttpBucket:
                 if last_try or not isinstance(error, ExpiredCredentials):
                     raise error
                 self._exchange.renew_credentials()
+
+
+def put_headers(config: S3Config, body: bytes) -> dict[str, str]:
+    """Return what the configuration adds to a PUT: encryption and a checksum."""
+    headers = {}
+    if config.encryption:
+        headers["x-amz-server-side-encryption"] = config.encryption
+    if config.kms_key:
+        headers["x-amz-server-side-encryption-aws-kms-key-id"] = config.kms_key
+    if config.checksums:
+        headers["x-amz-checksum-crc32"] = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+    return headers
 
 
 def _content_range(key: str, head: ReplyHead) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from kvtier._counters import Counters
 from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, TierError
 from kvtier.tiers.s3.bucket import ConnectionLost
+from kvtier.tiers.s3.express import Sessions
 from kvtier.tiers.s3.hedge import Hedges
 from kvtier.tiers.s3.http_connection import Body, Connection, Deadline, Origin, first_readable
 from kvtier.tiers.s3.http_pool import ConnectionPool
@@ -96,17 +97,24 @@ class Exchange:
         hedges: What is known about how long requests take, and how many may be made twice.
     """
 
-    def __init__(self, config: S3Config, counters: Counters, locate: Callable[[], Address]):
+    def __init__(
+        self,
+        config: S3Config,
+        counters: Counters,
+        locate: Callable[[], Address],
+        sessions: Sessions | None = None,
+    ):
         """Prepare; nothing is connected or looked up yet.
 
         Args:
             config: Time-outs, concurrency and credentials.
             counters: Gets hedged requests, stale connections and redirects.
             locate: Finds the bucket's address, when the first request is made.
+            sessions: Of a directory bucket; None for other buckets.
         """
         self._counters = counters
         self._locate = locate
-        self._signer = Signer(config)
+        self._signer = Signer(config, sessions)
         # Reads, uploads, index: none of them waits for a connection.
         self._pool = ConnectionPool(config.concurrency + 32, config.connect_timeout)
         self.hedges = Hedges()

@@ -11,16 +11,14 @@ from kvtier.tiers.s3.boto_bucket import BotoBucket
 from kvtier.tiers.s3.bucket import Bucket
 from kvtier.tiers.s3.http_bucket import HttpBucket
 
-_EXPRESS_SUFFIX = "--x-s3"
-
 
 def open_bucket(config: S3Config, counters: Counters) -> Bucket:
     """Return a bucket by `config.transport`; does no I/O.
 
-    Where a proxy stands in between, or the bucket is an S3 Express directory bucket (which wants session
-    credentials), boto3 moves the data whatever the configuration says: our client knows neither.
+    Where a proxy stands in between, boto3 moves the data whatever the configuration says: our client knows
+    none.
     """
-    if config.transport == "boto3" or config.bucket.endswith(_EXPRESS_SUFFIX) or _is_proxied(config.endpoint):
+    if config.transport == "boto3" or _is_proxied(config.endpoint):
         return BotoBucket(config, counters)
     return HttpBucket(config, counters)
 

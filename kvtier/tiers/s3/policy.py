@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from kvtier.config import S3Config
 
 OBJECT_ACTIONS = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject")
 BUCKET_ACTIONS = ("s3:ListBucket",)
@@ -12,41 +15,25 @@ SETUP_ACTIONS = ("s3:GetLifecycleConfiguration", "s3:PutLifecycleConfiguration")
 _PARTITIONS = (("cn-", "aws-cn"), ("us-gov-", "aws-us-gov"))
 
 
-def iam_policy(
-    bucket: str, prefix: str, region: str | None = None, kms_key: str | None = None
-) -> dict[str, Any]:
-    """Return the policy document for the nodes of one prefix of one bucket.
-
-    Args:
-        bucket: Name of the bucket.
-        prefix: What every key begins with.
-        region: Tells AWS's partitions apart (China, GovCloud); None for the usual one.
-        kms_key: ARN of the KMS key that objects are encrypted with, None without one.
-    """
-    partition = next((name for start, name in _PARTITIONS if (region or "").startswith(start)), "aws")
-    arn = f"arn:{partition}:s3:::{bucket}"
-    statements: list[dict[str, Any]] = [
-        {
-            "Sid": "KvtierObjects",
-            "Effect": "Allow",
-            "Action": list(OBJECT_ACTIONS),
-            "Resource": f"{arn}/{prefix}/*",
-        },
-        {
-            "Sid": "KvtierListing",
-            "Effect": "Allow",
-            "Action": list(BUCKET_ACTIONS),
-            "Resource": arn,
-            "Condition": {"StringLike": {"s3:prefix": f"{prefix}/*"}},
-        },
-    ]
-    if kms_key is not None:
-        statements.append(
-            {
-                "Sid": "KvtierKey",
-                "Effect": "Allow",
-                "Action": ["kms:GenerateDataKey", "kms:Decrypt"],
-                "Resource": kms_key,
-            }
-        )
+def iam_policy(config: S3Config) -> dict[str, Any]:
+    """Return the policy document for the nodes that share a prefix of a bucket."""
+    region = config.region or ""
+    partition = next((name for start, name in _PARTITIONS if region.startswith(start)), "aws")
+    if config.express:
+        place = f"arn:{partition}:s3express:{region or '*'}:*:bucket/{config.bucket}"
+        statements = [_allow("KvtierSessions", ["s3express:CreateSession"], place)]
+    else:
+        arn = f"arn:{partition}:s3:::{config.bucket}"
+        below = f"{config.prefix}/*"
+        listing = {"Condition": {"StringLike": {"s3:prefix": below}}}
+        statements = [
+            _allow("KvtierObjects", OBJECT_ACTIONS, f"{arn}/{below}"),
+            {**_allow("KvtierListing", BUCKET_ACTIONS, arn), **listing},
+        ]
+    if config.kms_key is not None:
+        statements.append(_allow("KvtierKey", ["kms:GenerateDataKey", "kms:Decrypt"], config.kms_key))
     return {"Version": "2012-10-17", "Statement": statements}
+
+
+def _allow(name: str, actions: Sequence[str], resource: str) -> dict[str, Any]:
+    return {"Sid": name, "Effect": "Allow", "Action": list(actions), "Resource": resource}

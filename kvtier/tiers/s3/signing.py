@@ -8,12 +8,13 @@ from typing import Any
 
 import boto3
 import botocore.exceptions as boto_errors
-from botocore.auth import S3SigV4Auth
+from botocore.auth import S3ExpressAuth, S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config as BotoConfig
 
 from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, ConfigError, TierUnavailable
+from kvtier.tiers.s3.express import Sessions
 
 # Blocks and footers carry checksums of their own; SHA-256 over a body would cost half a CPU second a GiB.
 _UNSIGNED_BODY = BotoConfig(s3={"payload_signing_enabled": False})
@@ -39,9 +40,15 @@ def open_session(config: S3Config) -> boto3.session.Session:
 class Signer:
     """Signs requests. Thread-safe; credentials that expire are refreshed by botocore when they are due."""
 
-    def __init__(self, config: S3Config):
-        """Prepare; the credentials are looked up when the first request is signed."""
+    def __init__(self, config: S3Config, sessions: Sessions | None = None):
+        """Prepare; the credentials are looked up when the first request is signed.
+
+        Args:
+            config: Says where the credentials are.
+            sessions: Of a directory bucket; None for other buckets.
+        """
         self._config = config
+        self._sessions = sessions
         self._lock = threading.Lock()
         self._credentials: Any = None
 
@@ -61,7 +68,7 @@ class Signer:
         request = AWSRequest(method, url, dict(headers))
         request.context["client_config"] = _UNSIGNED_BODY
         try:
-            S3SigV4Auth(self._frozen(), "s3", region).add_auth(request)
+            self._auth(region).add_auth(request)
         except (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError) as error:
             raise AccessDenied(
                 f"{error}; set access_key_env and secret_key_env, or the usual AWS credentials"
@@ -76,6 +83,14 @@ class Signer:
         """Look the credentials up anew for the next request: the server says that these have expired."""
         with self._lock:
             self._credentials = None
+        if self._sessions is not None:
+            self._sessions.forget()
+
+    def _auth(self, region: str) -> Any:
+        if self._sessions is None:
+            return S3SigV4Auth(self._frozen(), "s3", region)
+        # The cache is for botocore's own clients, which look sessions up in it.
+        return S3ExpressAuth(self._sessions.credentials(), "s3express", region, identity_cache=None)  # type: ignore[arg-type]
 
     def _frozen(self) -> Any:
         with self._lock:
