@@ -113,7 +113,7 @@ class AgentClient:
         if not isinstance(reply, wire.Matched):
             return Match()
         if not reply.lease:
-            return Match(ask_again=reply.ask_again)
+            return Match(sources=reply.sources, ask_again=reply.ask_again)
         lease = epoch << 32 | reply.lease
         places = np.frombuffer(reply.slots, "<u4").astype(np.int64)
         self._note(lease, asked + LEASE_SECONDS)

@@ -18,7 +18,7 @@ class Match:
         slots: Arena slot of each block of the leading run, in order.
         sources: How many of these blocks came from each tier ("memory", "disk", "s3").
         ask_again: Seconds for which it pays to ask again, since more blocks are on their way; then nothing is
-            leased yet. 0.0: this is the answer.
+            leased yet, and `sources` counts these, too. 0.0: this is the answer.
     """
 
     lease: int = 0

@@ -184,7 +184,9 @@ class TieredStore:
             left = self._stager.patience(missing, ask_again, block_cost) if ask_again else 0.0
             if left:
                 self.memory.unpin(slots)
-                return Match(ask_again=left)
+                for tier in origin.values():
+                    sources[tier] = sources.get(tier, 0) + 1
+                return Match(sources=sources, ask_again=left)
             arrived = self.memory.acquire(missing)
             for block in missing[: len(arrived)]:
                 sources[origin[block]] = sources.get(origin[block], 0) + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class RequestState:
         promise: What is promised and not yet loaded.
         deadline: Until when it pays to wait for blocks that are on their way, monotonic seconds; None when
             nothing is waited for.
+        expected: How many blocks each tier had when the wait began.
     """
 
     request: Any
@@ -115,6 +116,7 @@ class RequestState:
     drafted: bool = False
     promise: Promise | None = None
     deadline: float | None = None
+    expected: Mapping[str, int] = field(default_factory=dict)
     _cache: HashCache | None = None
 
     @classmethod
@@ -187,6 +189,21 @@ class RequestState:
             self.valid = max(prompt, self.see_tokens() - 1)
         else:
             self.valid = computed + scheduled
+
+    def origins(self, sources: Mapping[str, int]) -> dict[str, int]:
+        """Return where blocks came from that a lookup found in the end.
+
+        Args:
+            sources: What the last lookup said of them. What was waited for lay in memory by then.
+        """
+        left, origins = sum(sources.values()), {}
+        for tier, count in (self.expected or sources).items():
+            origins[tier] = min(count, left)
+            left -= origins[tier]
+        if left:
+            origins["memory"] = origins.get("memory", 0) + left
+        self.expected = {}
+        return origins
 
     def savable(self) -> int:
         """Return how many leading blocks are whole, known by their tokens, and stand in a page.

@@ -105,7 +105,7 @@ class SchedulerHalf:
         if blocks == 0:
             return 0, False
         state.promise = Promise(match.lease, first, match.slots)
-        for tier, count in match.sources.items():
+        for tier, count in state.origins(match.sources).items():
             self._counters.add(f"promised_tokens_{tier}", count * size)
         return blocks * size, False
 
@@ -209,7 +209,7 @@ class SchedulerHalf:
         """Look blocks up; None while it pays to wait for some: the scheduler's thread does not."""
         now = time.monotonic()
         if state.deadline is None:
-            patience, wait = self._lookup_wait, 0.0
+            patience, wait, state.expected = self._lookup_wait, 0.0, {}
         else:
             patience = max(0.0, state.deadline - now)
             # An engine with nothing else to do would only go round and round.
@@ -217,7 +217,7 @@ class SchedulerHalf:
         match = store.match(hashes, wait, self._pace.block_cost(self._size), patience)
         if match.ask_again:
             if state.deadline is None:
-                state.deadline = now + match.ask_again
+                state.deadline, state.expected = now + match.ask_again, match.sources
             return None
         state.deadline = None
         return match

@@ -1,0 +1,195 @@
+"""A vLLM engine in a process of its own, driven over a pipe: what the tests start, ask and kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCK = 32
+SEED = int(os.environ.get("KVTIER_TEST_SEED", "1"))
+
+QUIET = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Threads that spin for each other stand still when a core is not theirs alone.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def prompt(seed: object, tokens: int, prefix: Sequence[int] = ()) -> list[int]:
+    """Return a prompt that nobody else has, but for its prefix."""
+    rng = random.Random(f"{SEED} {seed}")
+    return [*prefix, *(rng.randrange(1000, 40_000) for _ in range(tokens - len(prefix)))]
+
+
+class EngineProcess:
+    """An engine; `ask` runs a function of `_Server` in it."""
+
+    def __init__(
+        self, config: Path | None, log: Path, environment: dict[str, str] | None = None, **options: Any
+    ) -> None:
+        """Start it.
+
+        Args:
+            config: kvtier's configuration; None for vLLM alone.
+            log: What it says goes there.
+            environment: Variables of its own.
+            options: Arguments of `vllm.LLM`.
+        """
+        self.log = log
+        self._to, from_parent = _pipe()[::-1]
+        from_child, to_parent = _pipe()
+        command = [sys.executable, "-m", "tests.vllm.engine", str(from_parent), str(to_parent)]
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [*command, json.dumps({"config": config and str(config), "options": options})],
+                cwd=REPOSITORY,
+                env={**os.environ, **QUIET, **(environment or {})},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=(from_parent, to_parent),
+            )
+        os.close(from_parent)
+        os.close(to_parent)
+        self._from = os.fdopen(from_child, "r")
+
+    def tell(self, what: str, **arguments: Any) -> None:
+        """Ask without waiting for the answer."""
+        os.write(self._to, (json.dumps({"what": what, **arguments}) + "\n").encode())
+
+    def answer(self) -> Any:
+        """Return the answer to what was asked."""
+        line = self._from.readline()
+        if not line:
+            raise AssertionError("the engine has ended:\n" + self.log.read_text()[-6000:])
+        return json.loads(line)
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """Ask and wait for the answer."""
+        self.tell(what, **arguments)
+        return self.answer()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 6) -> list[list[int]]:
+        """Return the greedy outputs of prompts that come at the same time."""
+        return self.ask("generate", prompts=list(prompts), max_tokens=max_tokens)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> None:
+        """Let it end by itself."""
+        os.close(self._to)
+        assert self.process.wait(60) == 0, self.log.read_text()[-6000:]
+
+
+def _pipe() -> tuple[int, int]:
+    return os.pipe()
+
+
+class _Server:
+    def __init__(self, config: str | None, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        from kvtier.engine.weights import model_dir
+
+        if config is not None:
+            options["kv_transfer_config"] = {
+                "kv_connector": "KvTierConnector",
+                "kv_connector_module_path": "kvtier.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"config": config},
+            }
+        defaults = {
+            "model": str(model_dir(cache=os.environ.get("KVTIER_TEST_MODELS"))),
+            "dtype": "float32",
+            "block_size": BLOCK,
+            "enforce_eager": True,
+            "gpu_memory_utilization": 0.3,
+            "max_model_len": 4096,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(**{**defaults, **options})
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    def ready(self) -> bool:
+        return True
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, salts: list[str] | None = None) -> Any:
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": tokens} for tokens in prompts]
+        for entry, salt in zip(asked, salts or [], strict=False):
+            entry["cache_salt"] = salt
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, detokenize=False, ignore_eos=True)
+        outputs = self.llm.generate(asked, parameters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def timed(self, tokens: list[int]) -> float:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        begun = time.perf_counter()
+        self.llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+        return time.perf_counter() - begun
+
+    def forget(self) -> bool:
+        """Empty vLLM's own prefix cache."""
+        return bool(self.llm.reset_prefix_cache())
+
+    def forget_all(self) -> bool:
+        return bool(self.llm.reset_prefix_cache(reset_connector=True))
+
+    def attached(self) -> bool:
+        """Say whether both halves have their agent."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        stores = [
+            half._store() for half in (self.scheduler.connector.scheduler, get_kv_transfer_group().worker)
+        ]
+        return all(store.stats()["client_connected"] for store in stores)
+
+    def counts(self) -> dict[str, Any]:
+        """Return what vLLM says of external hits, and what kvtier says of itself."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        metrics = {metric.name: getattr(metric, "value", None) for metric in self.llm.get_metrics()}
+        half = self.scheduler.connector.scheduler
+        return {
+            "vllm_external_hits": metrics.get("vllm:external_prefix_cache_hits"),
+            "vllm_preemptions": metrics.get("vllm:num_preemptions"),
+            "in_vllm_metrics": {k: v for k, v in metrics.items() if k.startswith("vllm:kvtier_")},
+            **half.take_counts(),
+            "worker": get_kv_transfer_group().worker.take_counts(),
+            "store": half.store_stats(),
+        }
+
+
+def main() -> None:
+    asked, answers = os.fdopen(int(sys.argv[1]), "r"), os.fdopen(int(sys.argv[2]), "w")
+    server = _Server(**json.loads(sys.argv[3]))
+    for line in asked:
+        arguments = json.loads(line)
+        print(json.dumps(getattr(server, arguments.pop("what"))(**arguments)), file=answers, flush=True)
+    del server
+
+
+if __name__ == "__main__":
+    main()
