@@ -24,7 +24,7 @@ _LONGEST_LABEL = 60
 
 
 def ls(config: ConfigOption = None, json_out: JsonFlag = False) -> None:
-    """List the namespaces in the bucket: what they are of, packs, blocks, bytes, and the last write."""
+    """List the namespaces in the bucket: what they are of, packs, blocks, bytes, last write and use."""
     from kvtier.tiers.s3.namespaces import find_namespaces
 
     settings = bucket_settings(config)
@@ -34,16 +34,21 @@ def ls(config: ConfigOption = None, json_out: JsonFlag = False) -> None:
     if json_out:
         typer.echo(json.dumps({"namespaces": report}))
         return
-    table = Table("namespace", "of", "packs", "blocks", "size", "unlisted", "last write")
+    table = Table("namespace", "of", "packs", "blocks", "size", "unlisted", "last write", "last use")
+    table.columns[0].no_wrap = True
     for name, row in report.items():
-        ago = "never" if row["last_write"] is None else _ago(time.time() - row["last_write"])
+        now = time.time()
+        times = [
+            "unknown" if row[what] is None else _ago(now - row[what]) for what in ("last_write", "last_use")
+        ]
         counts = (row["packs"], row["blocks"], format_size(row["bytes"]), row["unlisted"])
-        table.add_row(name, escape(row["of"]), *map(str, counts), ago)
+        table.add_row(name, escape(row["of"]), *map(str, counts), *times)
     Console().print(table)
 
 
 def _summary(bucket: Bucket, prefix: str, name: str) -> dict[str, Any]:
     from kvtier.tiers.s3.bucket import ObjectMissing
+    from kvtier.tiers.s3.heat import load_heat
     from kvtier.tiers.s3.keys import Keys
     from kvtier.tiers.s3.namespaces import open_catalog, read_facts
 
@@ -61,6 +66,7 @@ def _summary(bucket: Bucket, prefix: str, name: str) -> dict[str, Any]:
     sizes = {
         pack: item.size for item in bucket.list(keys.packs) if (pack := keys.pack_name(item.key)) is not None
     }
+    uses, _ = load_heat(bucket, keys, bytes.fromhex(name))
     times = [keys.segment_time(item.key) for item in bucket.list(keys.index)]
     written = max((when for when in times if when is not None), default=None)
     return {
@@ -70,6 +76,7 @@ def _summary(bucket: Bucket, prefix: str, name: str) -> dict[str, Any]:
         "bytes": sum(sizes.values()),
         "unlisted": len(sizes.keys() - listed),
         "last_write": None if written is None else written / 1e9,
+        "last_use": max((use.last for use in uses.values()), default=None),
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from kvtier._counters import Counters
 from kvtier.cli import app
 from kvtier.codec import BlockCodec, check_block
 from kvtier.config import S3Config
@@ -20,6 +21,9 @@ from kvtier.hashing import Namespace, chain_root, hash_blocks
 from kvtier.layout import BlockLayout
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.s3 import S3Tier
+from kvtier.tiers.s3.heat import HeatLog
+from kvtier.tiers.s3.keys import Keys
+from kvtier.tiers.s3.open_bucket import open_bucket
 from kvtier.tiers.s3.policy import iam_policy
 from tests.faults import s3_proxy
 from tests.faults.s3_proxy import FaultyProxy, Spoil
@@ -135,6 +139,13 @@ def test_ls_counts_what_is_there(s3_bucket: S3Place, run: Command) -> None:
     assert row["bytes"] == sum(len(s3_bucket.get(key)) for key in keys(s3_bucket, "packs") if ".kvp" in key)
     assert row["unlisted"] == 0
     assert row["last_write"] > 1.6e9
+    assert row["last_use"] is None
+    heat = HeatLog()
+    heat.note(blocks[0].hash)
+    assert heat.write(
+        open_bucket(s3_bucket.config(), Counters()), Keys(s3_bucket.prefix, NAMESPACE.hex), NAMESPACE.id
+    )
+    assert report_of(run("ls", "--json"))["namespaces"][NAMESPACE.hex]["last_use"] > 1.6e9
     text = run("ls").stdout
     assert "tests/[tiny] bfloat16 32 tokens" in text
     s3_bucket.delete(keys(s3_bucket, "index"))
