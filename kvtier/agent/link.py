@@ -34,7 +34,9 @@ FIRST_LAUNCH_SECONDS = 2.0
 LAST_LAUNCH_SECONDS = 60.0
 """Pauses between starts of agents: they double while agents keep dying."""
 
-_WATCH_SECONDS = 1.0
+POST_SECONDS = 0.01
+"""What nobody waits for is sent, and its replies are received, by then, if no call does it before."""
+
 _PROBE_SECONDS = 0.1
 
 
@@ -69,7 +71,8 @@ class Link:
     from then on calls fail at once, without a look at the socket, until the link's own thread has got an
     answer to a ping; or, when the agent's process is gone, has attached to the next one.
 
-    Requests that nobody waits for stand in a queue while another thread uses the socket, which sends them on.
+    Requests that nobody waits for stand in a queue until a call is made, or the link's own thread comes round:
+    a message wakes other threads, which costs its sender more than all the rest.
 
     A reply that comes too late is undone: the lease that it grants is released, its tickets are aborted.
 
@@ -81,7 +84,7 @@ class Link:
         launch: Called when no agent listens, says whether it has started one; None: others start it.
 
     Attributes:
-        tend: Called by the link's own thread, every second or so.
+        tend: Called by the link's own thread, many times a second.
     """
 
     def __init__(
@@ -163,7 +166,7 @@ class Link:
             self._send_on()
 
     def ask(self, request: wire.AnyRequest) -> Answer | None:
-        """Send a request, now or as soon as the socket is free, and do not wait for the reply.
+        """Send a request soon, and do not wait for the reply.
 
         Returns:
             Where the reply is going to be, None when the agent cannot be used.
@@ -174,15 +177,14 @@ class Link:
         request.id = next(self._ids)
         answer = self._asked[request.id] = Answer(connection.epoch)
         self._posts.append((connection.epoch, request))
-        self._send_on()
         return answer
 
-    def look(self, answer: Answer, patience: float = 0.0) -> wire.AnyReply | None:
-        """Return the reply to what was asked, None if it is not here.
+    def wait_for(self, answer: Answer, patience: float) -> wire.AnyReply | None:
+        """Return the reply to what was asked, None if it does not come in time.
 
         Args:
             answer: From `ask`.
-            patience: Seconds to wait for it.
+            patience: Seconds to wait at most.
         """
         if answer.reply is not None or self._state is not State.UP:
             return answer.reply
@@ -196,7 +198,7 @@ class Link:
                 reply = connection.receive()
                 if reply is not None:
                     self._file(connection, reply)
-                elif not patience or not self._wait(connection, deadline, to_send=not sent):
+                elif not self._wait(connection, deadline, to_send=not sent):
                     break
         finally:
             self._lock.release()
@@ -210,11 +212,9 @@ class Link:
             return answer.reply
 
     def post(self, request: wire.AnyRequest, epoch: int) -> None:
-        """Send a request that wants no reply, now or as soon as the socket is free. Never waits."""
-        if self._state is State.DOWN or self._state is State.CLOSED:
-            return
-        self._posts.append((epoch, request))
-        self._send_on()
+        """Send a request that wants no reply, soon. Never waits."""
+        if self._state is not State.DOWN and self._state is not State.CLOSED:
+            self._posts.append((epoch, request))
 
     def close(self, timeout: float) -> None:
         """End the connection and the thread, waiting up to `timeout` seconds for it."""
@@ -342,7 +342,7 @@ class Link:
             try:
                 if self._state is State.UP:
                     pause = FIRST_RETRY_SECONDS
-                    self._watch(_WATCH_SECONDS)
+                    self._watch(POST_SECONDS)
                 elif self._state is State.SUSPECT:
                     self._probe()
                 elif not self._attach():
@@ -395,11 +395,12 @@ class Link:
         poll.register(self._wake, select.POLLIN)
         if door is not None and door.fileno() >= 0:
             poll.register(door, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
-        with suppress(BlockingIOError):
+        ready = {fd for fd, _ in poll.poll(seconds * 1000)}
+        rung = self._wake.fileno()
+        if rung in ready:
             self._wake.recv(4096)
         self.tend()
-        return any(fd != self._wake.fileno() for fd in ready)
+        return bool(ready - {rung})
 
     def _attach(self) -> bool:
         """Try once to attach to the agent, or have one started."""

@@ -112,8 +112,8 @@ class Reservations:
         return [_Pending(self, batch, run, size) for run, size in enumerate(sizes)]
 
     def look(self, answer: Answer, wait: bool) -> wire.AnyReply | None:
-        """Return the agent's answer if it is here."""
-        return answer.reply or self._link.look(answer, self._patience() if wait else 0.0)
+        """Return the agent's answer if it is here, or (`wait`) comes in time."""
+        return self._link.wait_for(answer, self._patience()) if wait else answer.reply
 
     def expire(self) -> None:
         """Give up the tickets that nobody has taken in time; for one thread."""

@@ -424,4 +424,4 @@ def test_an_agent_that_an_engine_started_ends_after_the_last_client(place):
 
 def test_messages_are_arrays_that_begin_with_their_name():
     message = wire.encode(wire.MatchBlocks(1, 2, b"h" * 16, 0.5))
-    assert msgspec.msgpack.decode(message) == ["match", 1, 2, b"h" * 16, 0.5, 0.0]
+    assert msgspec.msgpack.decode(message) == ["match", 1, 2, b"h" * 16, 0.5, 0.0, 0.0]

@@ -42,6 +42,8 @@ def test_replicated_kv_is_stored_once_and_read_by_all_ranks(agent, monkeypatch, 
         workers[-1].register_kv_caches(pools[-1])
     eventually(lambda: len(agent.agent.sessions) == RANKS, "all ranks are attached")
     eventually(lambda: all(s.ready for s in agent.agent.sessions._by_token.values()), "and ready")
+    stores = [leader._runtime.store_of(rank) for rank in range(RANKS)]
+    eventually(lambda: all(store.connected for store in stores), "and know it")
     (opened,) = agent.stores.open_stores()
     assert opened.store.layout.shards == shards
 
