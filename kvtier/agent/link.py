@@ -71,8 +71,8 @@ class Link:
     from then on calls fail at once, without a look at the socket, until the link's own thread has got an
     answer to a ping; or, when the agent's process is gone, has attached to the next one.
 
-    Requests that nobody waits for stand in a queue until a call is made, or the link's own thread comes round:
-    a message wakes other threads, which costs its sender more than all the rest.
+    Requests that nobody waits for stand in a queue until a call is made, or the link's own thread comes
+    round: a message wakes other threads, which costs its sender more than all the rest.
 
     A reply that comes too late is undone: the lease that it grants is released, its tickets are aborted.
 

@@ -24,9 +24,6 @@ from kvtier.trtllm.table import RequestTable
 _log = logging.getLogger(__name__)
 
 
-SWEEP_PASSES = 16
-"""Passes between two looks for what nobody is going to come for any more."""
-
 _Grown = tuple[int, RequestState, int]
 """A request's id, its state, and its whole blocks, of which some are new."""
 
@@ -147,8 +144,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             log_once(_log, "build", "the engine's batch cannot be read, nothing of it is cached: %r", error)
             return self._nothing._replace(behind=behind)
         saves = self._saves(grown, ready) if ready and (grown or self._offers) else ()
-        if self._running.number % SWEEP_PASSES == 0:
-            self._sweep(ready)
+        self._sweep(ready)
         if not (loads or saves or behind):
             return self._nothing
         return ConnectorMeta(self._session, loads, saves, self._running.number, behind)

@@ -669,3 +669,62 @@ def test_rule_8_orders_that_make_no_sense_are_no_orders(rig, monkeypatch):
     monkeypatch.setattr(runtime, "_joined", set())
     monkeypatch.setattr(runtime._stores[0], "mailbox", mailbox)
     assert rig.worker.get_finished([5], []) == ([5], [])
+
+
+class TestLeasesWithAnEnd:
+    """While the agent hangs a lease cannot be held, and a rank may stand still for longer than it lasts."""
+
+    @pytest.fixture
+    def promised(self, rig, monkeypatch):
+        """A rig whose lease ends at 60, with the order to load bound; and the clock."""
+        now = [0.0]
+        rig.worker._clock = lambda: now[0]
+        monkeypatch.setattr(rig.store, "hold", lambda lease: 60.0)
+        rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+        request = FakeRequest(2, [*PROMPT, 9])
+        rig.leader.get_num_new_matched_tokens(request, 0)
+        rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+        rig.begin(new=[rig.data(request, request.tokens, range(6, 12), 0, 1)])
+        return rig, now
+
+    def test_one_that_still_runs_is_loaded(self, promised):
+        rig, now = promised
+        now[0] = 59.0
+        rig.worker.start_load_kv(None)
+        assert rig.holds(6, (None, PROMPT[:SIZE]))
+
+    def test_one_that_is_over_is_not(self, promised):
+        rig, now = promised
+        now[0] = 60.0
+        with pytest.raises(BrokenPromise, match="ended before"):
+            rig.worker.start_load_kv(None)
+        assert not rig.holds(6, (None, PROMPT[:SIZE]))
+
+    def test_one_that_ends_while_it_is_copied_stops_the_engine(self, promised, monkeypatch):
+        rig, now = promised
+        load = rig.worker._transfers.load
+
+        def stopped_meanwhile(*arguments):
+            now[0] = 60.0
+            load(*arguments)
+
+        monkeypatch.setattr(rig.worker._transfers, "load", stopped_meanwhile)
+        with pytest.raises(BrokenPromise, match="ended before"):
+            rig.worker.start_load_kv(None)
+
+
+def test_a_rank_that_stood_still_loads_what_was_promised_however_late(monkeypatch):
+    now = [0.0]
+    with memory_stores(monkeypatch, slots=5, clock=lambda: now[0]):
+        rig = make_rig()
+        rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+        request = FakeRequest(2, [*PROMPT, 9])
+        rig.leader.get_num_new_matched_tokens(request, 0)
+        rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+        rig.begin(new=[rig.data(request, request.tokens, range(6, 12), 0, 1)])
+        now[0] = 10_000.0
+        # The slots are wanted by others, and stay what they are.
+        assert rig.store.reserve(bytes(16), 0, [bytes([n]) * 16 for n in range(5)]) == [None] * 5
+        rig.worker.start_load_kv(None)
+        assert all(rig.holds(6 + b, (None, PROMPT[: (b + 1) * SIZE])) for b in range(5))
+        assert rig.leftovers()["leases"] == 0
