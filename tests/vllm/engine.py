@@ -106,8 +106,6 @@ class _Server:
     def __init__(self, config: str | None, options: dict[str, Any]) -> None:
         from vllm import LLM
 
-        from kvtier.engine.weights import model_dir
-
         if config is not None:
             options["kv_transfer_config"] = {
                 "kv_connector": "KvTierConnector",
@@ -117,7 +115,6 @@ class _Server:
                 "kv_connector_extra_config": {"config": config},
             }
         defaults = {
-            "model": str(model_dir(cache=os.environ.get("KVTIER_TEST_MODELS"))),
             "dtype": "float32",
             "block_size": BLOCK,
             "enforce_eager": True,
@@ -126,6 +123,10 @@ class _Server:
             "skip_tokenizer_init": True,
             "disable_log_stats": False,
         }
+        if "model" not in options:
+            from kvtier.engine.weights import model_dir
+
+            options["model"] = str(model_dir(cache=os.environ.get("KVTIER_TEST_MODELS")))
         self.llm = LLM(**{**defaults, **options})
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
 

@@ -1,0 +1,160 @@
+"""Time to first token of vLLM 0.25 on a GPU: without a cache, and with kvtier cold, and warm from each tier.
+
+The machine needs no network: the bundle has vLLM, the model is a shape with random weights. Run as
+
+    python bench/vllm_gpu.py --bundle BUNDLE.txz --shape 8b --tokens 2000 8000
+    python bench/vllm_gpu.py --bundle BUNDLE.txz --shape 1b --weights --tokens 2000 8000
+
+With weights the outputs with and without kvtier are compared, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from vllm_engines import BLOCK, FastServer, Node, new_prompt, run_table, wait_for
+
+from tests.vllm.engine import EngineProcess
+
+SHAPES = {
+    "1b": (2048, 8192, 16, 32, 8, 64),
+    "8b": (4096, 14336, 32, 32, 8, 128),
+}
+"""Hidden size, intermediate size, layers, heads, K/V heads, head size."""
+
+_WEIGHTS = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.manual_seed(0)
+with torch.device("cuda"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def unpack(bundle: Path) -> dict[str, str]:
+    """Unpack the bundle and return the environment that vLLM needs."""
+    place = Path(tempfile.gettempdir()) / "kvtier-bench-vllm"
+    if not place.is_dir():
+        with tarfile.open(bundle) as tar:
+            tar.extractall(place, filter="data")  # noqa: S202 - the bundle is our own
+    paths = [str(place / "site"), str(place / "deps"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def make_model(place: Path, shape: str, weights: bool) -> Path:
+    """Write a Llama-shaped model, its weights random and the same each time, or none."""
+    hidden, inner, layers, heads, kv_heads, head_dim = SHAPES[shape]
+    place.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    if weights:
+        subprocess.run([sys.executable, "-c", _WEIGHTS, str(place)], check=True, stdout=subprocess.DEVNULL)
+    return place
+
+
+def compare(plain: EngineProcess, cached: EngineProcess, seed: int) -> None:
+    """Compare outputs without kvtier, with it cold, and with it warm; with and without a shared prefix."""
+    rng = random.Random(seed)
+    shared = new_prompt(rng, 40 * BLOCK)
+    prompts = [[*shared, *new_prompt(rng, 100 + 37 * n)] for n in range(4)]
+    prompts += [new_prompt(rng, 700 + 111 * n) for n in range(4)]
+    equal = {"cold": 0, "warm": 0}
+    for tokens in prompts:
+        expected = plain.generate([tokens], 16)
+        for state in equal:
+            cached.ask("forget")
+            equal[state] += cached.generate([tokens], 16) == expected
+            wait_for(cached, "saved")
+    loaded = cached.ask("counts").get("loaded_tokens", 0)
+    print(f"outputs equal to vLLM without kvtier, of {len(prompts)}: {equal}; {loaded} tokens loaded")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, help="vLLM, packed; without it the installed one is used")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--weights", action="store_true", help="random weights, and compare outputs")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", default="9GiB")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    os.environ.update(unpack(arguments.bundle) if arguments.bundle else {})
+    with tempfile.TemporaryDirectory(prefix="kvtier-bench-") as folder, FastServer() as bucket:
+        place = Path(folder)
+        model = make_model(place / "model", arguments.shape, arguments.weights)
+        node = Node(place, arguments.memory, bucket)
+        config = node.start("disk", "s3")
+        options = {
+            "model": str(model),
+            "load_format": "auto" if arguments.weights else "dummy",
+            "dtype": "bfloat16",
+            "block_size": BLOCK,
+            "gpu_memory_utilization": 0.4,
+            "max_model_len": max(arguments.tokens) + 512,
+            "max_num_batched_tokens": max(arguments.tokens) + 512,
+        }
+        plain = EngineProcess(None, place / "plain.log", **options)
+        cached = EngineProcess(config, place / "cached.log", node.environment, **options)
+        try:
+            plain.ask("ready")
+            cached.ask("ready")
+            wait_for(cached, "attached")
+            print(f"engines are up after {time.monotonic() - begun:.0f} s", flush=True)
+            if arguments.weights:
+                compare(plain, cached, arguments.seed)
+            run_table(node, plain, cached, arguments.tokens, arguments.rounds, arguments.seed).show(
+                "no cache"
+            )
+            print("counts:", json.dumps(cached.ask("counts")), flush=True)
+        finally:
+            for engine in (plain, cached):
+                engine.kill()
+            node.stop()
+            for name in ("agent.log", "cached.log"):
+                warnings = [line for line in (place / name).read_text().splitlines() if "kvtier" in line]
+                print(f"--- {name}", *warnings[-15:], sep="\n")
+
+
+if __name__ == "__main__":
+    main()
