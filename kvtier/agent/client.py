@@ -20,6 +20,7 @@ from kvtier.agent.link import Link, State
 from kvtier.agent.mapping import Mappings, Prepare
 from kvtier.agent.place import agent_directory
 from kvtier.agent.reservations import Reservations
+from kvtier.codec import SlotForm, slot_form
 from kvtier.config import Config
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
@@ -64,12 +65,14 @@ class AgentClient:
         mappings: Mappings,
         counters: Counters,
         *,
+        form: SlotForm,
         lookup_wait: float,
         deadlines: Deadlines,
         clock: Callable[[], float],
     ) -> None:
         self.namespace = namespace
         self.layout = layout
+        self.form = form
         self._link = link
         self._mappings = mappings
         self._counters = counters
@@ -163,7 +166,7 @@ class AgentClient:
         Raises:
             ValueError: The slot was never handed out to this engine, or too long ago.
         """
-        size = self.layout.shard_bytes
+        size = self.form.shard_bytes
         return self._mappings.view(slot, shard * size, size)
 
     def leave(self, key: int, data: bytes, readers: Sequence[int], tickets: Sequence[int]) -> bool:
@@ -262,6 +265,7 @@ def connect(
         A client, connected or not. It connects, and connects again, by itself.
     """
     directory = agent_directory(config)
+    form = slot_form(layout, config.memory.format)
     hello = wire.Attach(
         json.dumps(dict(namespace.facts)).encode(),
         namespace.id,
@@ -269,6 +273,8 @@ def connect(
         group if group is not None else secrets.token_hex(16),
         rank,
         ranks,
+        form.name,
+        form.slot_bytes,
     )
     if spawn is None:
         spawn = config.agent.mode == "auto"
@@ -281,6 +287,7 @@ def connect(
         link,
         mappings,
         counters,
+        form=form,
         lookup_wait=config.lookup_wait,
         deadlines=deadlines or Deadlines(),
         clock=clock,

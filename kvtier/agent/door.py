@@ -16,6 +16,7 @@ from kvtier._workers import Workers
 from kvtier.agent import wire
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.agent.stores import Stores
+from kvtier.codec import SlotForm
 from kvtier.errors import KvTierError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
@@ -108,6 +109,7 @@ class Door:
         namespace, layout = _identify(attach)
         opened = self._stores.join(namespace, layout)
         try:
+            _check_form(opened.store.form, attach)
             session = self._sessions.add(opened, connection, attach.group, attach.rank, attach.ranks)
         except BaseException:
             self._stores.leave(opened)
@@ -164,6 +166,15 @@ def _receive(connection: socket.socket, length: int) -> bytes:
             raise ConnectionResetError("the other side closed the connection")
         data += part
     return bytes(data)
+
+
+def _check_form(form: SlotForm, attach: wire.Attach) -> None:
+    asked, found = (attach.slot_format, attach.slot_bytes), (form.name, form.slot_bytes)
+    if asked != found:
+        raise wire.WireError(
+            f"slots here are {found[0]}, {found[1]} bytes; the client expects {asked[0]}, {asked[1]} bytes:"
+            " memory.format differs, or what is known of the model"
+        )
 
 
 def _identify(attach: wire.Attach) -> tuple[Namespace, BlockLayout]:

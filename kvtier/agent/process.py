@@ -45,7 +45,12 @@ def serve(config: Config, *, lock: int | None = None, linger: float | None = Non
     if config.agent.directory is None:
         ask_for_room(directory, config.flush_timeout)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    stores = Stores(config.memory.size, partial(open_tiers, config), flush_timeout=config.flush_timeout)
+    stores = Stores(
+        config.memory.size,
+        partial(open_tiers, config),
+        slot_format=config.memory.format,
+        flush_timeout=config.flush_timeout,
+    )
     try:
         agent = Agent(directory, stores, linger=linger)
         health = HealthServer(agent, config.agent.http)

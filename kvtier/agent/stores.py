@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from kvtier._logging import log_once
 from kvtier.agent.pages import PagePool
+from kvtier.codec import SlotForm, slot_form
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
@@ -70,10 +71,11 @@ class Stores:
         memory_bytes: int,
         open_tiers: OpenTiers,
         *,
+        slot_format: str = "raw",
         flush_timeout: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Map the arena.
+        """Map the arena; `slot_format` is how blocks lie in it.
 
         Raises:
             ConfigError: `memory_bytes` is less than a page.
@@ -86,6 +88,7 @@ class Stores:
         self.arena = secrets.randbits(63)
         self._pool = PagePool(pages)
         self._open_tiers = open_tiers
+        self._slot_format = slot_format
         self._flush_timeout = flush_timeout
         self.clock = clock
         # Opening tiers takes time: `_opening` is held meanwhile, `_lock` never for long.
@@ -110,10 +113,11 @@ class Stores:
                 if known is not None and not self._closed:
                     known.users += 1
                     return known
-                self._check_room(layout)
-            memory = MemoryTier.within(self.memory, layout.block_bytes)
+                form = slot_form(layout, self._slot_format)
+                self._check_room(form)
+            memory = MemoryTier.within(self.memory, form.slot_bytes)
             tiers = self._open_tiers(namespace, layout)
-            store = TieredStore(namespace, layout, memory, tiers, clock=self.clock)
+            store = TieredStore(namespace, layout, memory, tiers, form=form, clock=self.clock)
             with self._lock:
                 opened = OpenStore(
                     store, next(self._epochs) % MAX_EPOCH + 1, memory.slot_stride // PAGE_BYTES, 1
@@ -173,11 +177,11 @@ class Stores:
         for opened in ending:
             opened.ended.wait(max(0.0, deadline - time.monotonic()) + 1.0)
 
-    def _check_room(self, layout: BlockLayout) -> None:
+    def _check_room(self, form: SlotForm) -> None:
         if self._closed:
             raise ConfigError("the agent is ending")
         used = [opened for opened in self._open.values() if opened.users]
-        needed = max([stride(layout.block_bytes), *(opened.pages * PAGE_BYTES for opened in used)])
+        needed = max([stride(form.slot_bytes), *(opened.pages * PAGE_BYTES for opened in used)])
         share = self._pool.total // (len(used) + 1) * PAGE_BYTES
         if share < needed:
             raise ConfigError(

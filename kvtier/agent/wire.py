@@ -24,7 +24,7 @@ import numpy as np
 
 from kvtier.hashing import HASH_BYTES
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Goes up whenever a message or its meaning changes; agent and client have to agree on it."""
 
 DOOR = "door"
@@ -66,6 +66,8 @@ class Attach(msgspec.Struct, array_like=True, tag="attach"):
         group: Name of the engine that the client belongs to.
         rank: The client's place in it.
         ranks: How many clients the engine has.
+        slot_format: The form of slots that the client reads and fills: "raw" or "planes".
+        slot_bytes: Bytes of such a slot.
     """
 
     facts: bytes
@@ -74,6 +76,8 @@ class Attach(msgspec.Struct, array_like=True, tag="attach"):
     group: str
     rank: int
     ranks: int
+    slot_format: str
+    slot_bytes: int
 
 
 class Attached(msgspec.Struct, array_like=True, tag="attached"):

@@ -36,6 +36,8 @@ class MemoryConfig(_Section):
 
     Attributes:
         size: Bytes of the arena.
+        format: How blocks lie in it: "raw", or "planes", taken apart in 0.78 of their bytes where that is
+            possible (bfloat16).
     """
 
     # The default is checked too: a small machine has less memory than that.
@@ -44,6 +46,9 @@ class MemoryConfig(_Section):
         validate_default=True,
         description="Size of the arena in host memory.",
         json_schema_extra={"default": "4GiB"},
+    )
+    format: Annotated[str, rules.MEMORY_FORMAT] = Field(
+        default="raw", description="How blocks lie in the arena: raw, or as planes in 0.78 of their bytes."
     )
 
 

@@ -29,6 +29,7 @@ REFERENCE_PATTERN = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
 
 TRANSPORTS = ("http", "boto3")
 ENCRYPTIONS = ("AES256", "aws:kms")
+MEMORY_FORMATS = ("raw", "planes")
 AGENT_MODES = ("auto", "external", "inprocess")
 
 _MAX_SIZE = 2**60
@@ -228,6 +229,12 @@ def _check_kms_key(value: Any, from_file: bool) -> str:
     return value
 
 
+def _check_memory_format(value: Any, from_file: bool) -> str:
+    if value not in MEMORY_FORMATS:
+        raise ValueError(f"is no form of blocks in memory; allowed: {', '.join(MEMORY_FORMATS)}")
+    return str(value)
+
+
 def _check_agent_mode(value: Any, from_file: bool) -> str:
     if value not in AGENT_MODES:
         raise ValueError(f"is no way to run the store; allowed: {', '.join(AGENT_MODES)}")
@@ -291,6 +298,7 @@ CONCURRENCY = Rule(
 TRANSPORT = Rule(_check_transport, _text_schema("|".join(TRANSPORTS)))
 ENCRYPTION = Rule(_check_encryption, _text_schema("|".join(ENCRYPTIONS)))
 KMS_KEY = Rule(_check_kms_key, _text_schema(_KMS_KEY_PATTERN))
+MEMORY_FORMAT = Rule(_check_memory_format, _text_schema("|".join(MEMORY_FORMATS)))
 AGENT_MODE = Rule(_check_agent_mode, _text_schema("|".join(AGENT_MODES)))
 SOCKET_DIRECTORY = Rule(_check_socket_directory, _text_schema("/.*"))
 ADDRESS = Rule(_check_address, _text_schema(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}"))

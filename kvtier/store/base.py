@@ -149,7 +149,7 @@ class StoreClient(Protocol):
         ...
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:
-        """Return the bytes of one shard's part of a slot, writable, `layout.shard_bytes` long."""
+        """Return the bytes of one shard's part of a slot, writable, in the form of the store's slots."""
         ...
 
     def stats(self) -> Mapping[str, int | float]:

@@ -12,7 +12,7 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
 from kvtier.codec import BlockCodec
-from kvtier.errors import CorruptBlock
+from kvtier.errors import CorruptBlock, SlotMisfit
 from kvtier.store.base import ticket_slot
 from kvtier.store.gate import Pace, patience
 from kvtier.tiers import Buffer, StoredBlock, Tier
@@ -244,6 +244,10 @@ class Stager:
             self._counters.add(f"{lane.tier.name}_corrupt_blocks")
             log_once(_log, lane.tier.name, "a block from %s is corrupt: %s", lane.tier.name, error)
             lane.tier.discard([block])
+            return False
+        except SlotMisfit as error:
+            self._counters.add("unfit_blocks")
+            log_once(_log, "misfit", "a block from %s stays there: %s", lane.tier.name, error)
             return False
         self._memory.publish([ticket])
         self._counters.add(f"{lane.tier.name}_staged_blocks")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
-from kvtier.codec import BlockCodec
+from kvtier.codec import BlockCodec, RawSlots, SlotForm, slot_form
 from kvtier.config import Config
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
@@ -91,6 +91,7 @@ class TieredStore:
         layout: How their bytes are arranged.
         memory: The arena; the store closes it.
         tiers: The lower tiers, fastest first; the store closes them.
+        form: How blocks lie in the arena's slots, raw by default.
         lookup_wait: Seconds that `match` waits at most unless told otherwise.
         clock: Monotonic seconds, for leases.
     """
@@ -102,17 +103,19 @@ class TieredStore:
         memory: MemoryTier,
         tiers: Sequence[Tier] = (),
         *,
+        form: SlotForm | None = None,
         lookup_wait: float = 0.05,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.namespace = namespace
         self.layout = layout
+        self.form = form if form is not None else RawSlots(layout)
         self.memory = memory
         self._tiers = tuple(tiers)
         self._note_use = [tier.note_use for tier in tiers if isinstance(tier, NotesUse)]
         self._lookup_wait = lookup_wait
         self._counters = Counters()
-        codec = BlockCodec(layout, namespace.id)
+        codec = BlockCodec(layout, namespace.id, self.form)
         self._leases = LeaseTable(memory, LEASE_SECONDS, clock)
         self._writer = WriteThrough(memory, codec, self._tiers, self._counters)
         self._stager = Stager(memory, self._tiers, codec, self._counters, self._writer.promote)
@@ -127,9 +130,10 @@ class TieredStore:
         Raises:
             ConfigError: The arena is too small for one block, or a credential variable is unset.
         """
-        memory = MemoryTier(config.memory.size, layout.block_bytes)
+        form = slot_form(layout, config.memory.format)
+        memory = MemoryTier(config.memory.size, form.slot_bytes)
         tiers = open_tiers(config, namespace, layout)
-        return cls(namespace, layout, memory, tiers, lookup_wait=config.lookup_wait)
+        return cls(namespace, layout, memory, tiers, form=form, lookup_wait=config.lookup_wait)
 
     def match(
         self,
@@ -268,14 +272,28 @@ class TieredStore:
                     failed.append(ticket)
                 else:
                     whole[ticket] = entry.block
-        if failed:
-            self.memory.abort(failed)
+        unfit = [ticket for ticket, block in whole.items() if not self._fits(block.slot)]
+        for ticket in unfit:
+            del whole[ticket]
+        if failed or unfit:
+            self.memory.abort(failed + unfit)
+            self._counters.add("unfit_blocks", len(unfit))
         if not whole:
             return
         published = self.memory.publish(list(whole), pin=True)
         blocks = [block for block, done in zip(whole.values(), published, strict=True) if done]
         self._counters.add("saved_blocks", len(blocks))
         self._writer.offer(blocks)
+
+    def _fits(self, slot: int) -> bool:
+        """Say whether the shards in a slot say that the form of the slots could hold them."""
+        if isinstance(self.form, RawSlots):
+            return True
+        try:
+            return self.form.whole(self.memory.view(slot))
+        except ValueError:
+            # Closed meanwhile.
+            return False
 
     def drop_owner(self, owner: int) -> None:
         """End the leases and reservations of one owner, whose processes are gone."""
@@ -286,7 +304,7 @@ class TieredStore:
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:
         """Return one shard's bytes of a slot; see `StoreClient.slot_view`."""
-        size = self.layout.shard_bytes
+        size = self.form.shard_bytes
         return self.memory.view(slot)[shard * size : (shard + 1) * size]
 
     def flush(self, timeout: float) -> bool:

@@ -45,6 +45,7 @@ class EngineFacts:
         window: Tokens of the sliding window that the KV cache is limited to, None without one.
         head_elements: Elements of one token's keys (or values) in one layer of one rank, None if not known.
         latent_elements: The same of a token's latent, for models with MLA.
+        head_dim: Elements of one head of one token, None if not known.
     """
 
     model: Mapping[str, Any]
@@ -58,6 +59,7 @@ class EngineFacts:
     window: int | None
     head_elements: int | None
     latent_elements: int | None
+    head_dim: int | None
     model_dtype: str | None = field(compare=False)
 
     @classmethod
@@ -89,6 +91,7 @@ class EngineFacts:
             window=_window(llm_args),
             head_elements=_head_elements(config, llm_args),
             latent_elements=_latent_elements(config),
+            head_dim=_head_dim(config),
             model_dtype=as_text(config.get("torch_dtype") or config.get("dtype")),
         )
 
@@ -191,15 +194,18 @@ def _window(llm_args: object) -> int | None:
 
 
 def _head_elements(config: Mapping[str, Any], llm_args: object) -> int | None:
-    heads = as_int(config.get("num_attention_heads"))
-    kv_heads = as_int(config.get("num_key_value_heads")) or heads
-    size, hidden = as_int(config.get("head_dim")), as_int(config.get("hidden_size"))
-    if size is None and hidden and heads:
-        size = hidden // heads
+    kv_heads = as_int(config.get("num_key_value_heads")) or as_int(config.get("num_attention_heads"))
+    size = _head_dim(config)
     ranks = as_int(dig(llm_args, "tensor_parallel_size"))
     if not size or not kv_heads or not ranks or dig(llm_args, "enable_attention_dp") is True:
         return None
     return -(-kv_heads // ranks) * size
+
+
+def _head_dim(config: Mapping[str, Any]) -> int | None:
+    size, hidden = as_int(config.get("head_dim")), as_int(config.get("hidden_size"))
+    heads = as_int(config.get("num_attention_heads"))
+    return hidden // heads if size is None and hidden and heads else size
 
 
 def _latent_elements(config: Mapping[str, Any]) -> int | None:

@@ -59,7 +59,10 @@ class FlatPool:
         """
         tokens_per_block = _check_flat(tensor, engine)
         _, layers, kv_factor, row = tensor.shape
-        self.layout = BlockLayout(_name(tensor.dtype), tokens_per_block, layers, kv_factor, row)
+        head_dim = _head_dim(engine, kv_factor, row, tokens_per_block)
+        self.layout = BlockLayout(
+            _name(tensor.dtype), tokens_per_block, layers, kv_factor, row, head_dim=head_dim
+        )
         self.groups: tuple[PageGroup, ...] = (PageGroup(0),)
         self.device = tensor.device
         self.signature = {"kind": "flat"}
@@ -101,6 +104,12 @@ class GroupPool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _head_dim(engine: EngineFacts, kv_factor: int, row: int, tokens: int) -> int:
+    """Return the elements of one head of one token, 0 if they are not known: a latent is one head."""
+    size = row // tokens if kv_factor == 1 else engine.head_dim or 0
+    return size if size > 0 and row % (size * tokens) == 0 else 0
 
 
 def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> int:
@@ -203,7 +212,10 @@ def _group_layout(
         layers, rest = divmod(len(buffers), len(roles))
         row, odd = divmod(size, len(buffers) * ITEM_BYTES[name])
         if not rest and not odd:
-            return BlockLayout(name, tokens_per_block, layers, len(roles), row, kind="groups")
+            head_dim = _head_dim(engine, len(roles), row, tokens_per_block)
+            return BlockLayout(
+                name, tokens_per_block, layers, len(roles), row, kind="groups", head_dim=head_dim
+            )
     return BlockLayout("uint8", tokens_per_block, 1, 1, size, kind="groups")
 
 

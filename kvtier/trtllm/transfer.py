@@ -13,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier._logging import log_once
+from kvtier.codec import PlaneSlots, SlotForm
+from kvtier.errors import ConfigError
 from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
+from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
 from kvtier.gpu.ranges import PageMap
 from kvtier.trtllm.meta import EVERY_PASS, Pages
 from kvtier.trtllm.pool import Pool
@@ -110,13 +113,25 @@ class Transfers(Protocol):
         ...
 
 
-def transfers_for(pool: Pool) -> Transfers:
-    """Return what moves the blocks of this pool."""
+def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
+    """Return what moves the blocks of this pool from and to slots of this form.
+
+    Raises:
+        ConfigError: The GPU cannot take blocks apart here.
+    """
+    planes = form if isinstance(form, PlaneSlots) else None
+    mover: Mover
     if pool.device.type != "cuda":
-        return HostTransfers(RawMover(pool.map, copy_on_host))
+        mover = HostPlanes(planes, pool.map) if planes else RawMover(pool.map, copy_on_host)
+        return HostTransfers(mover)
+    copies = CudaCopies(pool.device)
+    try:
+        mover = CudaPlanes(planes, pool.map, copies, pool.device) if planes else RawMover(pool.map, copies)
+    except Exception as error:
+        raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
     loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-    return CudaTransfers(RawMover(pool.map, CudaCopies(pool.device)), loads, saves)
+    return CudaTransfers(mover, loads, saves)
 
 
 def _try_save(mover: Mover, blocks: Blocks, stream: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
+from kvtier.codec import slot_form
 from kvtier.store.base import StoreClient, ticket_slot
 from kvtier.trtllm.fields import as_int, dig
 from kvtier.trtllm.guard import BrokenPromise, shielded
@@ -159,7 +160,9 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
     def _register(self, pool: Pool) -> None:
         if self._transfers is not None:
             self._transfers.drain()
-        self._pool, self._transfers = pool, transfers_for(pool)
+        # The store opens slots of the same form, and an agent that has others lets nobody in.
+        form = slot_form(pool.layout, self._runtime.config.memory.format)
+        self._pool, self._transfers = pool, transfers_for(pool, form)
         self._runtime.register(self._rank, pool)
 
     @shielded(lambda: None)

@@ -124,11 +124,11 @@ class TestHostility:
             b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
             HEADER + b"\xff\xff\xff\xff",
             wire.frame(wire.Refused("me")),
-            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1)),
-            wire.frame(wire.Attach(b"[1]", bytes(16), LAYOUT.describe(), "g", 0, 1)),
-            wire.frame(wire.Attach(b"{", bytes(16), LAYOUT.describe(), "g", 0, 1)),
-            wire.frame(wire.Attach(b"{}", bytes(16), {"layers": 2**62}, "g", 0, 1)),
-            wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1)),
+            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)),
+            wire.frame(wire.Attach(b"[1]", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)),
+            wire.frame(wire.Attach(b"{", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)),
+            wire.frame(wire.Attach(b"{}", bytes(16), {"layers": 2**62}, "g", 0, 1, "raw", 1)),
+            wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1, "raw", LAYOUT.block_bytes)),
             HEADER + b"\x05\x00\x00\x00" + b"\xc1" * 5,
         ],
         ids=range(10),
@@ -161,7 +161,7 @@ class TestHostility:
 
     def test_another_user_is_refused(self, place, agent, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1)
+        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(str(place.directory / wire.DOOR))
             caller.sendall(wire.frame(hello))
@@ -201,7 +201,7 @@ class TestHostility:
 
 class TestVersions:
     def test_a_client_of_another_version_gets_a_clear_answer(self, place, agent, caplog):
-        frame = bytearray(wire.frame(wire.Attach(b"future", b"", {}, "g", 0, 1)))
+        frame = bytearray(wire.frame(wire.Attach(b"future", b"", {}, "g", 0, 1, "raw", 1)))
         frame[4] = 99
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(str(place.directory / wire.DOOR))
