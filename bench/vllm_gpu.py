@@ -46,7 +46,7 @@ def unpack(bundle: Path) -> dict[str, str]:
     place = Path(tempfile.gettempdir()) / "kvtier-bench-vllm"
     if not place.is_dir():
         with tarfile.open(bundle) as tar:
-            tar.extractall(place, filter="data")  # noqa: S202 - the bundle is our own
+            tar.extractall(place, filter="data")
     paths = [str(place / "site"), str(place / "deps"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "PYTHONPATH": os.pathsep.join(paths),
