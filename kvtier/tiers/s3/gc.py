@@ -189,7 +189,7 @@ class Collector:
             if grave.listed or pack.used >= grave.since:
                 if pack.count:
                     plan.revived.append(pack)
-            elif survey.taken - grave.dug < self._grace:
+            elif max(0.0, survey.taken - grave.dug) < self._grace:
                 plan.waiting.append(pack)
             else:
                 plan.doomed.append(pack)
