@@ -45,7 +45,7 @@ class Offers:
 
     Slots are asked for all requests of a pass at once, and nobody waits for the answer: where it is not here,
     a block is saved in a later pass of its request. A request that is scheduled still holds the pages of its
-    whole blocks, and nobody writes to them.
+    whole blocks, and nobody writes to them. Only where attention has windows is the answer waited for.
 
     Args:
         clock: Monotonic seconds.
@@ -167,7 +167,9 @@ class Offers:
         self, offer: _Offer, store: StoreClient, groups: Sequence[PageGroup], turn: int
     ) -> list[Save] | None:
         """Order the blocks of an offer whose request is scheduled; None, and it stays, without an answer."""
-        tickets = offer.reservation.take()
+        # Where attention has windows, pages that the next pass does not look at any more are lost to it.
+        windows = any(group.window is not None for group in groups)
+        tickets = offer.reservation.take(wait=windows)
         if tickets is None:
             if self._is_over(offer):
                 _give_back(offer, store)
