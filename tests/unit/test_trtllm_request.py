@@ -11,8 +11,9 @@ import pytest
 from kvtier.engine.versions import RequestData11, RequestData12, RequestDataMain
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
 from kvtier.trtllm.adapters import Adapters
+from kvtier.trtllm.hash_cache import CHUNK_BLOCKS, HashCache
 from kvtier.trtllm.pool import PageGroup
-from kvtier.trtllm.request import Identity, Promise, RequestState, salt_of
+from kvtier.trtllm.request import Identity, Promise, RequestState, salt_of, token_array
 from kvtier.trtllm.table import SILENCE_SECONDS, RequestTable
 from tests.trtllm_support import FakeRequest
 
@@ -275,3 +276,17 @@ def test_fields_that_say_nothing_change_nothing(value):
 @pytest.mark.parametrize("value", [True, 3, [1], {"a": 1}, np.ones(2)])
 def test_fields_that_say_something_are_respected(value):
     assert Identity.of(FakeRequest(1, [1], multimodal_embedding=value), Adapters()) is None
+
+
+def test_hashes_of_earlier_prompts_never_serve_a_prompt_with_other_images():
+    """The images are in the hashes, not in the root that earlier hashes are found by."""
+    cache, tokens = HashCache(SIZE), list(range(2 * CHUNK_BLOCKS * SIZE))
+    images = [(), *((MultimodalItem(name, 9, 6),) for name in (b"cat", b"dog"))]
+    found = []
+    for items in images:
+        known = RequestState.start(Identity(items=items), b"namespace", SIZE, cache)
+        known.see_tokens(token_array(tokens))
+        found.append(known.hash_through(2 * CHUNK_BLOCKS)[-1])
+    assert found == [
+        hash_blocks(chain_root(b"namespace"), tokens, SIZE, multimodal=items)[-1] for items in images
+    ]

@@ -13,7 +13,7 @@ import torch
 from kvtier import _logging
 from kvtier.engine.versions import SchedulerOutput
 from kvtier.trtllm import BrokenPromise, KvTierConnectorLeader, KvTierConnectorWorker, table
-from kvtier.trtllm.meta import ConnectorMeta
+from kvtier.trtllm.meta import ConnectorMeta, Save
 from tests.trtllm_support import SIZE, FakeRequest, llm_args, make_rig, memory_stores, write_config
 
 PROMPT = list(range(100, 100 + 5 * SIZE))
@@ -728,3 +728,14 @@ def test_a_rank_that_stood_still_loads_what_was_promised_however_late(monkeypatc
         rig.worker.start_load_kv(None)
         assert all(rig.holds(6 + b, (None, PROMPT[: (b + 1) * SIZE])) for b in range(5))
         assert rig.leftovers()["leases"] == 0
+
+
+def test_orders_of_a_leader_that_nobody_knows_are_not_carried_out(rig):
+    rig.fill(0, "somebody's")
+    (ticket,) = rig.store.reserve(bytes(16), 0, [b"h" * 16])
+    rig.worker.bind_connector_meta(ConnectorMeta(rig.leader._session ^ 2, (), (Save(ticket, (0,)),), 1))
+    rig.worker.start_load_kv(None)
+    rig.worker.wait_for_save(None)
+    assert rig.store.match([b"h" * 16]).slots == ()
+    rig.iterate()
+    assert rig.matched([*PROMPT, 7]) == 0
