@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,8 @@ class Reply:
         length: What Content-Length says; None for the body's true length.
         hang: Send nothing more after the body until the proxy closes; nothing at all if the status is 0.
         trickle: Seconds after each KiB of the body.
+        delay: Seconds before the first byte.
+        reset: End with a TCP reset.
     """
 
     status: int
@@ -32,6 +36,8 @@ class Reply:
     length: int | None = None
     hang: bool = False
     trickle: float = 0.0
+    delay: float = 0.0
+    reset: bool = False
 
 
 Spoil = Callable[[Reply], Reply]
@@ -99,6 +105,25 @@ def trickling(reply: Reply) -> Reply:
     return Reply(reply.status, reply.headers, reply.body, trickle=0.01)
 
 
+def flipped(reply: Reply) -> Reply:
+    """Change one bit in the middle of the body."""
+    body = bytearray(reply.body)
+    if body:
+        body[len(body) // 2] ^= 4
+    return Reply(reply.status, reply.headers, bytes(body))
+
+
+def reset(reply: Reply) -> Reply:
+    """Reset the connection in the middle of the body."""
+    half = reply.body[: len(reply.body) // 2]
+    return Reply(reply.status, reply.headers, half, len(reply.body), reset=True)
+
+
+def delayed(reply: Reply) -> Reply:
+    """Answer late, but in time."""
+    return Reply(reply.status, reply.headers, reply.body, delay=0.15)
+
+
 def hung(reply: Reply) -> Reply:
     """Never answer."""
     return Reply(0, hang=True)
@@ -160,8 +185,12 @@ class FaultyProxy:
             do_GET = do_PUT = do_DELETE = do_HEAD = do_POST = serve
 
             def answer(self, reply: Reply) -> None:
+                time.sleep(reply.delay)
                 if reply.status:
                     self.send(reply)
+                if reply.reset:
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
                 if reply.hang:
                     proxy._closing.wait()
                     self.close_connection = True
