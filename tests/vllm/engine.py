@@ -143,6 +143,35 @@ class _Server:
         outputs = self.llm.generate(asked, parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def cancel(self, prompts: list[list[int]], steps: int) -> bool:
+        """Begin requests and abort them after some steps."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        names = [f"cancelled-{time.monotonic_ns()}-{n}" for n in range(len(prompts))]
+        for name, tokens in zip(names, prompts, strict=True):
+            engine.add_request(
+                name, {"prompt_token_ids": tokens}, SamplingParams(max_tokens=50, detokenize=False)
+            )
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return True
+
+    def lose_next_load(self) -> bool:
+        """Let the next promise be lost between lookup and load."""
+        store = self.scheduler.connector.scheduler._store()
+
+        def hold(lease: int) -> float:
+            del store.hold
+            store.release(lease)
+            return 0.0
+
+        store.hold = hold
+        return True
+
     def timed(self, tokens: list[int]) -> float:
         from vllm import SamplingParams
 
