@@ -166,7 +166,7 @@ while True:
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_killed_in_the_middle_of_it(s3_bucket: S3Place, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL between any two requests, of merges and deletions alike: the next one goes on.
 
@@ -189,14 +189,16 @@ def test_killed_in_the_middle_of_it(s3_bucket: S3Place, seed: int, monkeypatch: 
     config = s3_bucket.config().model_dump(mode="json")
     order = {"config": config, "cutoff": cutoff, "windows": {NAMESPACE.hex: WINDOW}}
     seen: Counter[str] = Counter()
-    for _ in range(4):
+    for _ in range(3):
         child = subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps(order)], stdout=subprocess.PIPE, text=True
         )
         assert child.stdout is not None
         left = rng.randrange(1, 25)
         for line in child.stdout:
-            seen[line.split("/")[0].split()[0] + (" packs" if "/packs/" in line else "")] += 1
+            # Lines of several threads may run into each other.
+            kind = "".join(line.split()[:1])
+            seen[f"{kind} packs" if "/packs/" in line else kind] += 1
             left -= 4 if line.startswith("round") else 1
             if left <= 0:
                 break
@@ -294,7 +296,9 @@ def test_a_tier_collects_and_notes_uses_by_itself(
     tender.close()
 
 
-def test_what_collecting_and_heat_cost_and_lookups_do_not(s3_bucket: S3Place) -> None:
+def test_what_collecting_and_heat_cost_and_lookups_do_not(
+    s3_bucket: S3Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lookup, hit or miss, makes no request, whatever tombstones there are; a use costs none either."""
     counts: Counter[str] = Counter()
 
@@ -306,11 +310,16 @@ def test_what_collecting_and_heat_cost_and_lookups_do_not(s3_bucket: S3Place) ->
     for some in (old, blocks):
         writer.write(some)
         assert writer.flush(60)
-    time.sleep(2)
+    time.sleep(2.1)
+    clock = open_bucket(s3_bucket.config(), Counters())
+    assert list(clock.list(f"{s3_bucket.prefix}/"))
+    cutoff = clock.server_time()
+    monkeypatch.setattr(gc, "choose", lambda packs, now, ttl, quota: choose(packs, cutoff, 0.0, quota))
+    time.sleep(2.1)
     with FaultyProxy(s3_bucket.server.endpoint) as proxy:
         proxy.choose = count
         config = s3_bucket.config(endpoint=proxy.endpoint, index_refresh=3600)
-        collecting = Collector(open_bucket(config, Counters()), s3_bucket.prefix, ttl=1.0)
+        collecting = Collector(open_bucket(config, Counters()), s3_bucket.prefix)
         lease = Lease(open_bucket(config, Counters()), s3_bucket.prefix)
         assert lease.acquire()
         writer.note_use(blocks[-1].hash)
