@@ -277,6 +277,7 @@ class TieredStore:
             del whole[ticket]
         if failed or unfit:
             self.memory.abort(failed + unfit)
+        if unfit:
             self._counters.add("unfit_blocks", len(unfit))
         if not whole:
             return

@@ -167,9 +167,8 @@ class WriteThrough:
                 if not tier.match([block.hash])
             ]
             if lacking:
-                raw = self._memory.view(block.slot)
-                payload = self._codec.encode(block.hash, raw)
-                self._counters.add("encoded_raw_bytes", len(raw))
+                payload = self._codec.encode(block.hash, self._memory.view(block.slot))
+                self._counters.add("encoded_raw_bytes", self._codec.layout.block_bytes)
                 self._counters.add("encoded_bytes", len(payload))
                 for queue in lacking:
                     queue.offer(StoredBlock(block.hash, block.parent, block.position, payload))

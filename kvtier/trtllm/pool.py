@@ -16,6 +16,8 @@ from kvtier.layout import ITEM_BYTES, BlockLayout
 from kvtier.trtllm.fields import as_int, as_text, dig
 from kvtier.trtllm.identity import DEFAULT_TOKENS_PER_BLOCK, EngineFacts, torch_name
 
+_HEAD_DIMS = (128, 64, 96, 80, 112, 192, 256)
+
 
 @dataclass(frozen=True, slots=True)
 class PageGroup:
@@ -107,9 +109,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _head_dim(engine: EngineFacts, kv_factor: int, row: int, tokens: int) -> int:
-    """Return the elements of one head of one token, 0 if they are not known: a latent is one head."""
-    size = row // tokens if kv_factor == 1 else engine.head_dim or 0
-    return size if size > 0 and row % (size * tokens) == 0 else 0
+    """Return the elements of one head of one token, 0 if none will do; a latent is one head.
+
+    Where the model's configuration does not say it, it is guessed: a wrong guess costs compression alone.
+    """
+    sizes = (row // tokens,) if kv_factor == 1 else (engine.head_dim or 0, *_HEAD_DIMS)
+    return next((size for size in sizes if size > 0 and row % (size * tokens) == 0), 0)
 
 
 def _check_flat(tensor: torch.Tensor, engine: EngineFacts) -> int:

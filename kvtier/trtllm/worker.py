@@ -177,7 +177,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             return
         self._runtime = runtime
         if self._pool is not None:
-            runtime.register(self._rank, self._pool)
+            self._register(self._pool)
 
     @shielded(lambda: None)
     def _poll(self) -> None:
