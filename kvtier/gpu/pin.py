@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ def pin(buffer: memoryview, device: torch.device) -> PinnedMemory | None:
         log_once(_log, "pin", "the arena cannot be pinned, copies will be slow: %r", error)
         return None
     if status != 0:
+        # CUDA keeps the error and gives it to the thread's next kernel: here one that does not matter.
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)
         log_once(_log, "pin", "the arena cannot be pinned, copies will be slow: CUDA error %d", status)
         return None
     _log.info("pinned %d MiB of the arena in %.1f s", len(buffer) >> 20, time.monotonic() - started)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kvtier.engine import Engine, EngineConfig, HashModel, Request
+from kvtier.gpu import pin
+from kvtier.tiers.memory import MemoryTier
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 from tests.trtllm_support import SIZE, FakeRequest, Rig, content, llm_args, memory_stores, write_config
 
@@ -185,3 +187,26 @@ def test_outputs_are_the_same_with_and_without_the_connector(monkeypatch, versio
         assert cold == warm == expected_outputs
         assert engine.connector.leader.stats()["promised_tokens_memory"] > 0
         assert first[0] is not second[0]
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_behind():
+    memory = MemoryTier(1 << 20, 4096)
+    pinned = pin(memory.buffer(), torch.device("cuda"))
+    assert pinned is not None
+    assert pin(memory.buffer(), torch.device("cuda")) is None
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    pinned.unpin()
+
+
+def test_what_is_under_way_at_the_end_is_waited_for(rig):
+    """The slots of an engine that is gone belong to others: nothing may write to them any more."""
+    stream = torch.cuda.Stream()
+    start(rig, FakeRequest(1, PROMPT), list(range(BLOCKS + 1)))
+    rig.worker.start_load_kv(stream)
+    busy(stream)
+    rig.worker.wait_for_save(stream)
+    assert not stream.query()
+    shared = rig.leader._runtime._stores[0]
+    shared.close()
+    assert stream.query()
+    assert rig.worker._transfers._saves[-1].event.query()

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
 from kvtier.trtllm.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
-from tests.stress_support import MUTILATED, PAGES, SLOTS, Stress  # noqa: E402
+from tests.stress_support import MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
 from tests.trtllm_support import memory_stores, write_config  # noqa: E402
 
 pytestmark = [
@@ -80,7 +80,7 @@ def _kernels_are_loaded():
 
 def stress(
     kind: type[CudaTransfers], seed: int, monkeypatch, tmp_path, iterations: int, default_stream: bool = False
-) -> tuple[int, Stress]:
+) -> tuple[int, Counts, dict[str, float]]:
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -98,19 +98,20 @@ def stress(
         # Nothing that the engine's thread calls may wait for the GPU.
         torch.cuda.set_sync_debug_mode("error")
         wrong = world.run(iterations)
+        stats = {**world.rig.worker.stats(), **world.rig.leader.stats()}
+        # Memory must not be unmapped as long as it is pinned.
         world.rig.worker.close()
-        return wrong, world
+        world.rig.leader.close()
+        return wrong, world.counts, stats
 
 
 @pytest.mark.parametrize("default_stream", [False, True])
 @pytest.mark.parametrize("offset", range(3))
 def test_every_byte_is_right(offset, default_stream, monkeypatch, tmp_path):
-    wrong, world = stress(CudaTransfers, SEED + offset, monkeypatch, tmp_path, 250, default_stream)
+    wrong, counts, stats = stress(CudaTransfers, SEED + offset, monkeypatch, tmp_path, 250, default_stream)
     assert wrong == 0
-    counts, stats = world.counts, world.rig.worker.stats()
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 20
-    assert world.rig.leader.stats()["store_leases"] == 0
-    assert world.rig.leader.stats()["store_filling_slots"] == 0
+    assert (stats["store_leases"], stats["store_filling_slots"]) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", MUTILATED)
