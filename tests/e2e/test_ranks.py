@@ -62,9 +62,11 @@ def started(ranks: int, connected: bool = True, **changes: object) -> Iterator[E
 def warm_up(engine: Engine) -> None:
     """Send requests until one is saved: the other ranks attach when they have heard from the leader."""
 
+    # The other ranks' commits arrive a little later than their copies end.
+    before = engine.connector.leader.stats().get("store_saved_blocks", 0)
+
     def saves() -> bool:
-        prompt = [random.randrange(1000) for _ in range(TOKENS_PER_BLOCK + 1)]
-        before = engine.connector.leader.stats().get("store_saved_blocks", 0)
+        prompt = [random.randrange(1000) for _ in range(engine.config.tokens_per_block + 1)]
         engine.submit(Request(prompt, 1))
         engine.settle()
         return engine.connector.leader.stats().get("store_saved_blocks", 0) > before
