@@ -138,11 +138,14 @@ class AgentThread:
         tiers: Sequence[Tier] = (),
         clock: Callable[[], float] = time.monotonic,
         linger: float | None = None,
+        slot_format: str = "raw",
     ) -> None:
         lock = take_lock(place.directory)
         assert lock is not None
         self._lock = lock
-        self.stores = Stores(place.memory, lambda namespace, layout: tiers, clock=clock)
+        self.stores = Stores(
+            place.memory, lambda namespace, layout: tiers, slot_format=slot_format, clock=clock
+        )
         self.agent = Agent(place.directory, self.stores, linger=linger)
         self.thread = threading.Thread(target=self.agent.run, args=(10.0,), daemon=True)
         self.thread.start()
