@@ -43,8 +43,8 @@ class Deadlines:
         call: Seconds that every other call waits.
     """
 
-    match: float = 0.02
-    call: float = 0.05
+    match: float = 0.1
+    call: float = 0.1
 
 
 class AgentClient:
