@@ -89,7 +89,9 @@ class Client:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         method, target, _ = request.split(" ")
         parts = urlsplit(target)
-        _, _, key = unquote(parts.path).lstrip("/").partition("/")
+        # A path without another slash is a key whose bucket stands in the host name.
+        bucket, slash, key = unquote(parts.path).lstrip("/").partition("/")
+        key = key if slash or parts.query else bucket
         with self.store.lock:
             self.store.requests[method] = self.store.requests.get(method, 0) + 1
         if method == "PUT":
@@ -97,7 +99,7 @@ class Client:
         elif parts.query and "list-type" in parts.query:
             self.reply(200, {"Content-Type": "application/xml"}, self.store.listing(parse_qs(parts.query)))
         else:
-            self.get(key, headers.get("range"))
+            self.get(key, headers.get("range"), with_body=method != "HEAD")
         return True
 
     def put(self, key: str, headers: dict[str, str]) -> None:
@@ -124,7 +126,7 @@ class Client:
                 self.store.objects[key] = _in_memory(bytes(data))
         self.reply(200, {"ETag": '"0"'}, b"")
 
-    def get(self, key: str, asked: str | None) -> None:
+    def get(self, key: str, asked: str | None, with_body: bool = True) -> None:
         """Send an object, or a part of it."""
         found = self.store.find(key)
         if found is None:
@@ -136,9 +138,11 @@ class Client:
             start, end = int(match[1]), min(end, int(match[2] or end))
         elif match:
             start = max(0, found.size - int(match[2]))
-        headers = {"Content-Range": f"bytes {start}-{end}/{found.size}"} if match else {}
+        headers = {"ETag": '"0"'}
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{end}/{found.size}"
         self.reply(206 if match else 200, headers, None, end + 1 - start)
-        while start <= end:
+        while with_body and start <= end:
             start += os.sendfile(self.socket.fileno(), found.descriptor, start, end + 1 - start)
 
     def reply(self, status: int, headers: dict[str, str], body: bytes | None, length: int = 0) -> None:
