@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,9 @@ class SchedulerHalf:
         self._requests: dict[str, RequestState] = {}
         self._hashes = HashCache(self._size)
         self._pace = ComputePace()
+        # Tokens and beginning of the steps under way: the engine may order one before the last has ended.
+        self._under_way: deque[tuple[int, float]] = deque(maxlen=4)
+        self._ended = 0.0
         self._lookup_wait = config.lookup_wait
         self._step = 0
         self._idle = True
@@ -155,7 +159,13 @@ class SchedulerHalf:
 
     @shielded(lambda: None)
     def update_connector_output(self, output: Any) -> None:
-        """Hear of steps whose loads failed."""
+        """Hear that a step has ended, and of steps whose loads failed."""
+        if self._under_way:
+            tokens, begun = self._under_way.popleft()
+            now = time.monotonic()
+            self._pace.begins(tokens, max(begun, self._ended))
+            self._pace.begins(0, now)
+            self._ended = now
         told = getattr(output, "kv_connector_worker_meta", None)
         if told is None or told.failed <= self._settled:
             return
@@ -246,7 +256,8 @@ class SchedulerHalf:
 
     @shielded(_no_saves)
     def _saves(self, scheduler_output: Any, store: StoreClient | None) -> tuple[Save, ...]:
-        self._pace.begins(int(scheduler_output.total_num_scheduled_tokens), time.monotonic())
+        if scheduler_output.total_num_scheduled_tokens:
+            self._under_way.append((int(scheduler_output.total_num_scheduled_tokens), time.monotonic()))
         saves: list[Save] = []
         try:
             for state in self._advance(scheduler_output):

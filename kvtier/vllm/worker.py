@@ -56,6 +56,7 @@ class WorkerHalf:
         self._saves_nothing = self._shard != self._engine.rank
         self._shared: SharedStore | None = None
         self._transfers: Transfers | None = None
+        self._on_gpu = False
         self._slots = SlotAddresses()
         self._orders: ConnectorMeta | None = None
         self._settled = 0
@@ -64,6 +65,8 @@ class WorkerHalf:
         # The engine's thread, and the one that looks when copies have ended while the engine is idle.
         self._lock = threading.RLock()
         self._watcher = Workers("vllm-saves", 1)
+        # Saves that are not begun: they would stand before the step's tokens on the way to the host.
+        self._late: tuple[int, tuple[Save, ...], Any] | None = None
         self._under_way = 0
         self._watching = False
 
@@ -78,6 +81,7 @@ class WorkerHalf:
         if pool.map is None and pool.device.type == "cuda":
             _log.warning("the KV pool has tokens before heads (NHD): every copy transposes, HND is faster")
         self._transfers = transfers_for(pool)
+        self._on_gpu = pool.device.type == "cuda"
         self._shared = open_part(self._config, self._engine, pool.device, self._engine.rank)
 
     @shielded(lambda: None)
@@ -90,6 +94,7 @@ class WorkerHalf:
                 self._give_up(former)
             if self._transfers is None:
                 return
+            self._begin_late()
             self._transfers.poll()
             behind = orders.behind
             if orders.tails:
@@ -114,8 +119,14 @@ class WorkerHalf:
         """Copy whole blocks to the arena, behind the forward pass."""
         with self._lock:
             orders, self._orders = self._orders, None
-            if orders is not None and orders.saves:
+            if orders is None or not orders.saves:
+                return
+            if not self._on_gpu:
                 self._save(orders.saves, orders.step)
+                return
+            self._begin_late()
+            self._late = (orders.step, orders.saves, torch.cuda.current_stream().record_event())
+            self._watch_on()
 
     def take_failed_pages(self) -> set[int]:
         """Return the pages that were not loaded since the last call."""
@@ -137,6 +148,7 @@ class WorkerHalf:
     def close(self) -> None:
         """Finish what is under way and leave the store."""
         with self._lock:
+            self._begin_late()
             if self._transfers is not None:
                 self._transfers.drain()
             if self._orders is not None:
@@ -196,7 +208,17 @@ class WorkerHalf:
         except Exception as error:  # noqa: BLE001 - whatever failed, the tickets must not stay open
             log_once(_log, "save", "blocks could not be saved: %r", error)
             done(False)
-        if self._under_way and not self._watching:
+        self._watch_on()
+
+    def _begin_late(self) -> None:
+        """Begin the saves of the last step; the next one is not ordered yet, or the engine has none."""
+        late, self._late = self._late, None
+        if late is not None:
+            step, saves, _ = late
+            self._save(saves, step)
+
+    def _watch_on(self) -> None:
+        if (self._under_way or self._late) and not self._watching:
             self._watching = True
             self._watcher.run(self._watch)
 
@@ -209,13 +231,22 @@ class WorkerHalf:
         self._counters.add("saved_blocks" if made else "save_failed_blocks", len(tickets))
 
     def _watch(self) -> None:
-        """Commit saves when they have ended, also if the engine has no further step to notice it in."""
+        """Begin and commit saves also if the engine has no further step to do it in."""
+        computed = False
         while True:
             time.sleep(_WATCH_SECONDS)
             with self._lock:
-                if self._transfers is not None:
-                    self._transfers.poll()
-                if self._transfers is None or not self._under_way:
+                if self._transfers is None:
+                    return
+                if self._late is None:
+                    computed = False
+                elif not computed:
+                    # Until the next look there is time for the sampling.
+                    computed = bool(self._late[2].query())
+                else:
+                    self._begin_late()
+                self._transfers.poll()
+                if not self._under_way and self._late is None:
                     self._watching = False
                     return
 
