@@ -15,8 +15,11 @@ from kvtier.store.base import Granted, Reservation, Run
 
 _log = logging.getLogger(__name__)
 
-RESERVED_SECONDS = 5.0
-"""Tickets that nobody has taken by then are given up: the request was cancelled, or is not scheduled."""
+RESERVED_SECONDS = 60.0
+"""Tickets that nobody has taken by then are given up: the request was cancelled, or is not scheduled.
+
+They are taken in the pass after the one that asked: a prefill without a GPU takes many seconds.
+"""
 
 
 class _Batch:
