@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xxhash
 
+from kvtier.codec import native
 from kvtier.codec.byte_codec import WORTH_IT, ByteCodec
 from kvtier.codec.format import (
     ID_BYTES,
@@ -128,7 +129,12 @@ class BlockCodec:
             self._decode_raw(header, view, self._block_array(room))
         elif header.codec == NIBBLES and header.layout.head_dim == self.layout.head_dim:
             shards = self._planes.planes(room)
-            self._own_nibbles(header).decode(_verified(view, header), shards)
+            nibbles = self._own_nibbles(header)
+            if native.sections_decoder is not None:
+                _check_gaps(view, header)
+                nibbles.decode_at_once(native.sections_decoder, view, header.sections, shards)
+            else:
+                nibbles.decode(_verified(view, header), shards)
             self._planes.complete(room, shards)
         else:
             raw = np.empty(self.layout.block_bytes, np.uint8)
@@ -143,6 +149,10 @@ class BlockCodec:
             np.copyto(raw, np.frombuffer(next(stored), np.uint8))
         elif header.codec == PLANES:
             self._bytes.decode(stored, raw)
+        elif native.sections_decoder is not None:
+            _check_gaps(view, header)
+            nibbles = self._own_nibbles(header)
+            nibbles.decode_raw_at_once(native.sections_decoder, view, header.sections, raw)
         else:
             self._own_nibbles(header).decode_raw(stored, raw)
 
@@ -246,14 +256,19 @@ def _alignment(block_bytes: int) -> int:
     return alignment
 
 
-def _verified(view: memoryview, header: BlockHeader) -> Iterator[memoryview]:
-    """Yield the stored bytes of each section when they, and the gap before, are as they were written."""
+def _check_gaps(view: memoryview, header: BlockHeader) -> None:
     end = header_bytes(len(header.sections))
     for section in header.sections:
         if view[end : section.offset].tobytes() != bytes(section.offset - end):
             raise CorruptBlock(f"the gap before byte {section.offset} is not zero")
         end = section.offset + section.stored_bytes
-        stored = view[section.offset : end]
+
+
+def _verified(view: memoryview, header: BlockHeader) -> Iterator[memoryview]:
+    """Yield the stored bytes of each section when they, and the gap before, are as they were written."""
+    _check_gaps(view, header)
+    for section in header.sections:
+        stored = view[section.offset : section.offset + section.stored_bytes]
         if xxhash.xxh3_64_intdigest(stored) != section.checksum:
             raise CorruptBlock(f"checksum of the section at byte {section.offset} does not match")
         yield stored

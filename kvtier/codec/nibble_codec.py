@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvtier.codec.format import PLAIN, ZSTD, Piece
+from kvtier.codec.format import PLAIN, ZSTD, Piece, Section
 from kvtier.codec.kernels import Bytes
+from kvtier.codec.native import SectionsDecoder
 from kvtier.codec.nibble_kernels import escapes_ascend
 from kvtier.codec.nibbles import NibbleShape, Planes
-from kvtier.codec.planes import decompress, decompressor, frame_cuts, huffman_only
+from kvtier.codec.planes import check_frame, decompress, decompressor, frame_cuts, huffman_only
 from kvtier.errors import CorruptBlock
 
 ENTRY_BYTES = 4
@@ -88,6 +89,70 @@ class NibbleCodec:
         for planes, rest in zip(shards, stored, strict=True):
             np.copyto(planes.rest, np.frombuffer(rest, np.uint8).reshape(self.shape.rest))
 
+    def decode_at_once(
+        self,
+        decoder: SectionsDecoder,
+        encoded: memoryview,
+        sections: Sequence[Section],
+        shards: Sequence[Planes],
+    ) -> None:
+        """Verify and decode a block's sections into room for its shards, without the GIL.
+
+        Args:
+            decoder: Does it.
+            encoded: The block.
+            sections: Its table, which was checked.
+            shards: Room for its shards; a rest that cannot be written is the block's own, only verified.
+
+        Raises:
+            CorruptBlock: A section is not what it should be.
+        """
+        table = np.empty((len(sections), 6), np.uint64)
+        for row, section, target in zip(table, sections, self._targets(shards), strict=True):
+            end = section.offset + section.stored_bytes
+            if section.encoding == ZSTD:
+                check_frame(encoded[section.offset : end], section.raw_bytes)
+            row[:] = (
+                *(section.offset, section.stored_bytes, section.checksum),
+                *(target, section.raw_bytes, section.encoding == ZSTD),
+            )
+        per_shard = len(self._base_cuts) + len(self._nibble_cuts) + 1
+        for planes, section in zip(shards, sections[per_shard - 1 :: per_shard], strict=False):
+            self._set_count(planes, section.stored_bytes)
+        failed = decoder(encoded, table)
+        if failed >= 0:
+            what = "checksum of" if failed < len(table) else "frame in"
+            raise CorruptBlock(f"{what} section {failed % len(table)} is wrong")
+        for planes in shards:
+            self._check_escapes(planes)
+
+    def _targets(self, shards: Sequence[Planes]) -> Iterator[int]:
+        """Yield the address that each section is decoded to."""
+        for planes in shards:
+            for array, cuts in ((planes.bases, self._base_cuts), (planes.nibbles, self._nibble_cuts)):
+                first = array.ctypes.data
+                yield from (first + start for start, _ in cuts)
+            yield planes.escapes.ctypes.data
+        yield from (planes.rest.ctypes.data if planes.rest.flags.writeable else 0 for planes in shards)
+
+    def decode_raw_at_once(
+        self, decoder: SectionsDecoder, encoded: memoryview, sections: Sequence[Section], raw: Bytes
+    ) -> None:
+        """Verify and decode a block's sections into a raw block, without the GIL.
+
+        Raises:
+            CorruptBlock: A section is not what it should be.
+        """
+        room = self._workspace.shards
+        shards = []
+        for planes, section in zip(room, sections[-len(room) :], strict=True):
+            plain = encoded[section.offset : section.offset + section.stored_bytes]
+            rest = np.frombuffer(plain, np.uint8).reshape(self.shape.rest)
+            shards.append(replace(planes, rest=rest))
+        self.decode_at_once(decoder, encoded, sections, shards)
+        for planes, part in zip(shards, raw.reshape(len(shards), -1), strict=True):
+            self.shape.merge(planes, part)
+
     def decode_raw(self, stored: Iterator[memoryview], raw: Bytes) -> None:
         """Decode the verified bytes of a block's sections into a raw block.
 
@@ -108,9 +173,15 @@ class NibbleCodec:
                 for start, stop in cuts:
                     decompress(context, next(stored), data[start:stop])
             listed = next(stored)
-            planes.count, odd = divmod(len(listed), ENTRY_BYTES)
-            if odd or not planes.fits:
-                raise CorruptBlock(f"a list of escapes of {len(listed)} bytes")
+            self._set_count(planes, len(listed))
             planes.escapes[: planes.count] = np.frombuffer(listed, "<u4")
-            if not escapes_ascend(planes.escapes[: planes.count], self.shape.elements):
-                raise CorruptBlock("escapes out of order, or outside of the block")
+            self._check_escapes(planes)
+
+    def _set_count(self, planes: Planes, listed_bytes: int) -> None:
+        planes.count, odd = divmod(listed_bytes, ENTRY_BYTES)
+        if odd or not planes.fits:
+            raise CorruptBlock(f"a list of escapes of {listed_bytes} bytes")
+
+    def _check_escapes(self, planes: Planes) -> None:
+        if not escapes_ascend(planes.escapes[: planes.count], self.shape.elements):
+            raise CorruptBlock("escapes out of order, or outside of the block")

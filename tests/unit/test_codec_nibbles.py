@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtier.codec import BlockCodec, PlaneSlots, RawSlots, read_header, slot_form
+from kvtier.codec import BlockCodec, PlaneSlots, RawSlots, native, read_header, slot_form
 from kvtier.codec.nibbles import MAX_ELEMENTS, nibble_shape
 from kvtier.errors import CorruptBlock, LayoutError, SlotMisfit
 from kvtier.layout import ITEM_BYTES, BlockLayout
@@ -25,8 +28,22 @@ from tests.codec_support import (
     real_block_with_heads,
     reseal,
 )
+from tests.unit.test_codec_fuzz import FRAMES, with_first_frame
 
 RAW, PLANES, NIBBLES = 0, 1, 2
+
+
+@pytest.fixture(scope="module", autouse=True, params=["at once", "section by section"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the C functions that decode all sections in one call, and without them."""
+    decoder = native.sections_decoder
+    assert decoder is not None
+    if request.param == "section by section":
+        native.sections_decoder = None
+    yield request.param
+    native.sections_decoder = decoder
+
+
 GUARD = 64
 
 
@@ -301,3 +318,64 @@ def test_slots_are_raw_where_planes_gain_nothing() -> None:
     assert nibble_shape(BlockLayout("bfloat16", 1, 65, 1, elements, head_dim=64)) is None
     assert replace(layout, head_dim=0) == layout
     assert "head_dim" not in layout.describe()
+
+
+def small() -> tuple[BlockLayout, bytes]:
+    """Four layers of two real heads, the first four tokens of each."""
+    _, data = real_block("bf16")
+    rows = np.frombuffer(data, np.uint16).reshape(30, 2, 3, 32, 64)[:4, :, :2, :4]
+    return BlockLayout("bfloat16", 4, 4, 2, 512, head_dim=64), rows.tobytes()
+
+
+@pytest.mark.parametrize("form", ["raw", "planes"])
+def test_a_flip_of_any_byte_is_noticed(form: str) -> None:
+    layout, raw = small()
+    codec = BlockCodec(layout, NAMESPACE, slot_form(layout, form))
+    encoded = bytearray(BlockCodec(layout, NAMESPACE).encode(HASH, raw))
+    assert read_header(encoded).codec == NIBBLES
+    for at in range(len(encoded)):
+        encoded[at] ^= 1 << at % 8
+        with pytest.raises(CorruptBlock):
+            decode(codec, encoded)
+        encoded[at] ^= 1 << at % 8
+    for length in range(0, len(encoded), 7):
+        with pytest.raises(CorruptBlock):
+            decode(codec, encoded[:length])
+    decode(codec, encoded)
+
+
+@pytest.mark.parametrize("form", ["raw", "planes"])
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_that_do_not_fit_are_refused(kind: str, form: str) -> None:
+    layout, raw = small()
+    codec = BlockCodec(layout, NAMESPACE, slot_form(layout, form))
+    encoded = bytes(BlockCodec(layout, NAMESPACE).encode(HASH, raw))
+    section = read_header(encoded).sections[0]
+    bases = zstandard.decompress(encoded[section.offset : section.offset + section.stored_bytes])
+    decode(codec, with_first_frame(encoded, zstandard.compress(bases)))
+    with pytest.raises(CorruptBlock):
+        decode(codec, with_first_frame(encoded, FRAMES[kind](bases)))
+    decode(codec, encoded)
+
+
+def test_threads_share_a_codec_of_plane_slots() -> None:
+    layout, raw = small()
+    slots = plane_slots(layout)
+    codec, writer = BlockCodec(layout, NAMESPACE, slots), BlockCodec(layout, NAMESPACE)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(50):
+            block = rng.permutation(np.frombuffer(raw, np.uint16).reshape(16, -1)).tobytes()
+            out = np.empty(len(block), np.uint8)
+            slots.merge(decode(codec, writer.encode(HASH, block)), out)
+            if out.tobytes() != block:
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
