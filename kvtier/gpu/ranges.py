@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +109,9 @@ class PageMap:
         self, pages: Sequence[Sequence[int]], whole: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the page of each block's regions, `[blocks, regions]`, and which of them count."""
-        ids = np.array(pages, dtype=np.int64).reshape(len(pages), self._groups)[:, self._group]
+        # An iterator is read several times as fast as a list of tuples.
+        ids = np.fromiter(chain.from_iterable(pages), dtype=np.int64)
+        ids = ids.reshape(len(pages), self._groups)[:, self._group]
         # A negative page would be a valid offset: another request's bytes under this one's hash.
         wrong = (ids < 0) | (ids >= self._pages)
         kept = np.ones_like(wrong) if whole or not self.sparse else ids != NO_PAGE

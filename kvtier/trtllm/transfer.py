@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,10 @@ from kvtier.trtllm.meta import EVERY_PASS, Pages
 from kvtier.trtllm.pool import Pool
 
 _log = logging.getLogger(__name__)
+
+
+BATCH = 512
+"""Blocks that are copied while the next ones are thought about."""
 
 
 class Blocks(NamedTuple):
@@ -61,7 +65,7 @@ class Mover(Protocol):
 
 
 class RawMover:
-    """Moves blocks as they are."""
+    """Moves blocks as they are, with one call for `BATCH` of them: few passes have more."""
 
     def __init__(self, pool_map: PageMap, copy: Copy) -> None:
         self._map = pool_map
@@ -69,13 +73,20 @@ class RawMover:
 
     def load(self, blocks: Blocks, stream: int) -> None:
         """Copy slots to pages; see `Mover.load`."""
-        pool, host, sizes = self._map.ranges(*blocks, whole=False)
-        self._copy(pool, host, sizes, stream)
+        for batch in _batches(blocks):
+            pool, host, sizes = self._map.ranges(*batch, whole=False)
+            self._copy(pool, host, sizes, stream)
 
     def save(self, blocks: Blocks, stream: int) -> None:
         """Copy pages to slots; see `Mover.save`."""
-        pool, host, sizes = self._map.ranges(*blocks)
-        self._copy(host, pool, sizes, stream)
+        for batch in _batches(blocks):
+            pool, host, sizes = self._map.ranges(*batch)
+            self._copy(host, pool, sizes, stream)
+
+
+def _batches(blocks: Blocks) -> Iterator[Blocks]:
+    for first in range(0, len(blocks.slots), BATCH):
+        yield Blocks(blocks.slots[first : first + BATCH], blocks.pages[first : first + BATCH])
 
 
 class Transfers(Protocol):
