@@ -139,6 +139,8 @@ def test_an_empty_node_loads_from_the_bucket_and_two_engines_share_it(home, node
     # What this one computes, the other loads.
     assert engine.generate(PROMPTS["after"]) == expected["after"]
     saved(engine)
+    known = engine.ask("counts")["store"]["s3_blocks_known"]
+    eventually(lambda: home.first.ask("counts")["store"]["s3_blocks_known"] >= known, 60)
     warm(home.first, "after", expected)
     assert home.first.ask("counts")["store"]["s3_staged_blocks"] > 0
 
