@@ -192,7 +192,7 @@ class Stress:
         if spans:
             rig.begin(datas[True], datas[False])
             rig.worker.start_load_kv(self._engine)
-            self._stage()
+            self._stage(any(running.position for running in new))
             self._forward(spans)
             rig.worker.wait_for_save(self._engine)
         for running, _, end in spans:
@@ -292,10 +292,13 @@ class Stress:
         else:
             self._free += running.pages
 
-    def _stage(self) -> None:
-        """Be what brings blocks from disk or bucket: take slots and write to them from the host, at once."""
+    def _stage(self, loading: bool) -> None:
+        """Be what brings blocks from disk or bucket: take slots and write to them from the host, at once.
+
+        Sometimes it wants all slots, most often when some of them should be held for loads.
+        """
         store = self.rig.store
-        count = SLOTS if self._rng.random() < 0.05 else self._rng.randrange(3)
+        count = SLOTS if self._rng.random() < (0.1 if loading else 0.02) else self._rng.randrange(3)
         hashes = [self._rng.randbytes(16) for _ in range(count)]
         tickets = [ticket for ticket in store.reserve(bytes(16), 0, hashes) if ticket is not None]
         for ticket in tickets:
