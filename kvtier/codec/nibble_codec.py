@@ -14,7 +14,7 @@ from kvtier.codec.kernels import Bytes
 from kvtier.codec.native import SectionsDecoder
 from kvtier.codec.nibble_kernels import escapes_ascend
 from kvtier.codec.nibbles import NibbleShape, Planes
-from kvtier.codec.planes import check_frame, decompress, decompressor, frame_cuts, huffman_only
+from kvtier.codec.planes import decompress, decompressor, frame_cuts, huffman_only
 from kvtier.errors import CorruptBlock
 
 ENTRY_BYTES = 4
@@ -107,22 +107,13 @@ class NibbleCodec:
         Raises:
             CorruptBlock: A section is not what it should be.
         """
-        table = np.empty((len(sections), 6), np.uint64)
-        for row, section, target in zip(table, sections, self._targets(shards), strict=True):
-            end = section.offset + section.stored_bytes
-            if section.encoding == ZSTD:
-                check_frame(encoded[section.offset : end], section.raw_bytes)
-            row[:] = (
-                *(section.offset, section.stored_bytes, section.checksum),
-                *(target, section.raw_bytes, section.encoding == ZSTD),
-            )
         per_shard = len(self._base_cuts) + len(self._nibble_cuts) + 1
         for planes, section in zip(shards, sections[per_shard - 1 :: per_shard], strict=False):
             self._set_count(planes, section.stored_bytes)
-        failed = decoder(encoded, table)
+        failed = decoder(encoded, sections, list(self._targets(shards)))
         if failed >= 0:
-            what = "checksum of" if failed < len(table) else "frame in"
-            raise CorruptBlock(f"{what} section {failed % len(table)} is wrong")
+            what = "checksum of" if failed < len(sections) else "frame in"
+            raise CorruptBlock(f"{what} section {failed % len(sections)} is wrong")
         for planes in shards:
             self._check_escapes(planes)
 

@@ -65,20 +65,6 @@ def decompressor() -> zstandard.ZstdDecompressor:
     return zstandard.ZstdDecompressor(max_window_size=MAX_FRAME_BYTES)
 
 
-def check_frame(frame: memoryview, raw_bytes: int) -> None:
-    """See that a frame's header says how long its content is.
-
-    Raises:
-        CorruptBlock: It does not, or the length is another.
-    """
-    try:
-        content_bytes = zstandard.frame_content_size(frame)
-    except zstandard.ZstdError as error:
-        raise CorruptBlock(f"not a zstd frame: {error}") from error
-    if content_bytes != raw_bytes:
-        raise CorruptBlock(f"a zstd frame of {content_bytes} bytes instead of {raw_bytes}")
-
-
 def decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, out: memoryview) -> None:
     """Decompress one frame, which has to fill `out` exactly.
 

@@ -38,7 +38,12 @@ def test_report_on_real_kv(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [result["kvtier"], result["zstd_1"], result["zstd_3"]]
     assert all(isinstance(row, dict) and {"ratio", "encode_mb_s", "decode_mb_s"} == set(row) for row in rows)
     ratios = [row["ratio"] for row in rows if isinstance(row, dict)]
-    assert ratios[0] >= 1.45 > ratios[1] > 1.2
+    assert ratios[0] >= 1.5 > ratios[1] > 1.2
+    planes, bytewise = result["kvtier_plane_slots"], result["kvtier_without_heads"]
+    assert isinstance(planes, dict)
+    assert isinstance(bytewise, dict)
+    assert planes["ratio"] == ratios[0] > bytewise["ratio"] >= 1.45
+    assert isinstance(result["decode_vs_without_heads"], float)
     assert isinstance(result["encode_vs_zstd_1"], float)
     assert isinstance(result["decode_vs_zstd_1"], float)
 
