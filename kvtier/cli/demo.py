@@ -1,4 +1,4 @@
-"""`kvtier demo`: a prefix computed once, then loaded on a restarted engine and on empty nodes."""
+"""`kvtier demo`: a prefix computed once, then loaded by restarted engines and agents and on empty nodes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvtier.cli.demo_node import Node
 from kvtier.cli.s3server import S3Server
 from kvtier.config import Config, S3Config, load_config
 from kvtier.errors import KvTierError
@@ -27,6 +27,7 @@ from kvtier.tiers.s3.boto_bucket import make_client
 
 NEW_TOKENS = 32
 ACT_TIMEOUT = 600.0
+MAX_PATH_BYTES = 40
 
 ACCESS_KEY_ENV, SECRET_KEY_ENV = "KVTIER_DEMO_ACCESS_KEY", "KVTIER_DEMO_SECRET_KEY"
 
@@ -42,7 +43,8 @@ class Act:
     Attributes:
         name: Short name in the JSON output.
         title: What it shows, for people.
-        node: Whose disk it uses; a new name is an empty node.
+        node: Whose agent and disk it uses; a new name is an empty node.
+        new_agent: Whether the node's agent is ended first: what is in its memory is lost.
         half: Whether the prompt shares only its first half with the others.
         cached: False for the reference: the same engine without any cache.
     """
@@ -50,6 +52,7 @@ class Act:
     name: str
     title: str
     node: str
+    new_agent: bool = False
     half: bool = False
     cached: bool = True
 
@@ -57,10 +60,13 @@ class Act:
 ACTS = (
     Act("cold", "cold", "a"),
     Act("restarted", "engine restarted", "a"),
+    Act("agent_restarted", "agent restarted", "a", new_agent=True),
     Act("new_node", "new, empty node", "b"),
     Act("half_shared", "half-shared prompt", "c", half=True),
     Act("half_reference", "same without kvtier", "d", half=True, cached=False),
 )
+
+SAME_PROMPT = ("cold", "restarted", "agent_restarted", "new_node")
 
 
 def run(config: Path | None, tokens: int, json_out: bool) -> None:
@@ -75,8 +81,13 @@ def run(config: Path | None, tokens: int, json_out: bool) -> None:
         DemoFailed: An output differs from the one without loaded KV, or no byte came from the bucket.
         KvTierError: The configuration is wrong, or an engine process failed.
     """
-    with _bucket(config) as (bucket, environment), tempfile.TemporaryDirectory(prefix="kvtier-demo-") as base:
-        results = _play(bucket, environment, tokens, Path(base))
+    with (
+        _bucket(config) as (bucket, environment),
+        tempfile.TemporaryDirectory(prefix="kvtier-demo-") as base,
+        # A socket's path is short.
+        tempfile.TemporaryDirectory(prefix="kvt", dir=_short_directory()) as sockets,
+    ):
+        results = _play(bucket, environment, tokens, Path(base), Path(sockets))
     report = _report(results)
     if json_out:
         print(json.dumps(report))
@@ -110,6 +121,10 @@ def _bucket(config: Path | None) -> Iterator[tuple[dict[str, Any], dict[str, str
         yield section, {ACCESS_KEY_ENV: server.access_key, SECRET_KEY_ENV: server.secret_key}
 
 
+def _short_directory() -> str | None:
+    return None if len(os.fsencode(tempfile.gettempdir())) <= MAX_PATH_BYTES else "/tmp"  # noqa: S108
+
+
 def _s3_settings(config: Config, path: Path) -> S3Config:
     if config.s3 is None:
         raise KvTierError(f"{path} declares no s3 section; the demo needs a bucket")
@@ -134,32 +149,34 @@ def _remove_objects(settings: S3Config) -> None:
 
 
 def _play(
-    bucket: dict[str, Any], environment: dict[str, str], tokens: int, base: Path
+    bucket: dict[str, Any], environment: dict[str, str], tokens: int, base: Path, sockets: Path
 ) -> dict[str, dict[str, Any]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with ExitStack() as ends, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        nodes: dict[str, Node] = {}
         task = progress.add_task("", total=len(ACTS))
         for act in ACTS:
             progress.update(task, description=act.title)
-            config_path = base / f"{act.name}.yaml"
-            config_path.write_text(yaml.safe_dump(_act_config(bucket, base / act.node)))
+            node = nodes.get(act.node)
+            if node is None:
+                node = nodes[act.node] = Node(bucket, base / act.node, sockets / act.node)
+                ends.callback(node.end_agent)
+            elif act.new_agent:
+                node.end_agent()
             order = {"tokens": tokens, "new_tokens": NEW_TOKENS, "half": act.half, "cached": act.cached}
-            results[act.name] = _run_act(order, {**environment, "KVTIER_CONFIG": str(config_path)})
+            result = _run_act(order, {**environment, "KVTIER_CONFIG": str(node.config)})
+            results[act.name] = {**result, **_costs(node.newly_counted(result.pop("counters")))}
             progress.advance(task)
     return results
 
 
-def _act_config(bucket: dict[str, Any], disk: Path) -> dict[str, Any]:
+def _costs(counted: dict[str, int]) -> dict[str, Any]:
+    """Return what an act cost: requests to the bucket, and how well what it saved was compressed."""
+    raw, encoded = counted.get("encoded_raw_bytes", 0), counted.get("encoded_bytes", 0)
     return {
-        "memory": {"size": "1GiB"},
-        "disk": {"path": str(disk), "size": "1GiB"},
-        "s3": bucket,
-        # Without an agent that outlives the engine: a restart on the same node shows the disk.
-        "agent": {"mode": "inprocess"},
-        # Prefill takes seconds on a CPU, so waiting for the whole prefix always wins here.
-        "lookup_wait": "5s",
-        "flush_timeout": "60s",
+        "codec_ratio": round(raw / encoded, 4) if encoded else None,
+        "requests": {kind: counted.get(f"s3_{kind}_requests", 0) for kind in ("get", "put", "list")},
     }
 
 
@@ -180,7 +197,7 @@ def _run_act(order: dict[str, Any], environment: dict[str, str]) -> dict[str, An
 
 
 def _report(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    same_prompt = {tuple(results[name]["output"]) for name in ("cold", "restarted", "new_node")}
+    same_prompt = {tuple(results[name]["output"]) for name in SAME_PROMPT}
     same_half = {tuple(results[name]["output"]) for name in ("half_shared", "half_reference")}
     acts = []
     for act in ACTS:
@@ -199,6 +216,9 @@ def _verify(report: dict[str, Any]) -> None:
     if not report["identical"]:
         raise DemoFailed("the outputs with loaded KV differ from those without: this must never happen")
     by_name = {act["name"]: act for act in report["acts"]}
+    for name, tier in (("restarted", "memory"), ("agent_restarted", "disk")):
+        if not by_name[name]["tokens_loaded"].get(tier):
+            raise DemoFailed(f"act {name!r} loaded nothing from {tier}")
     for name in ("new_node", "half_shared"):
         act = by_name[name]
         if not act["bytes_from_bucket"] or not act["tokens_loaded"].get("s3"):
@@ -208,20 +228,20 @@ def _verify(report: dict[str, Any]) -> None:
 def _print_table(report: dict[str, Any], tokens: int) -> None:
     table = Table(
         title=f"kvtier demo: SmolLM2-135M, bf16 KV, a prompt of {tokens} tokens",
-        caption="tokens computed, from disk, from the bucket; MB read from it; time to first token",
+        caption="tokens computed, from memory, disk and bucket; MB from the bucket; time to first token",
         box=box.SIMPLE,
         pad_edge=False,
         collapse_padding=True,
     )
     table.add_column("act", no_wrap=True)
-    for column in ("computed", "disk", "bucket", "MB", "GET/PUT", "ratio", "TTFT s"):
+    for column in ("comp.", "mem.", "disk", "bucket", "MB", "GET/PUT", "ratio", "TTFT s"):
         table.add_column(column, justify="right", no_wrap=True)
     for act in report["acts"]:
         loaded, requests, ratio = act["tokens_loaded"], act["requests"], act["codec_ratio"]
         table.add_row(
             act["title"],
             str(act["tokens_computed"]),
-            *(str(loaded.get(tier, 0)) for tier in ("disk", "s3")),
+            *(str(loaded.get(tier, 0)) for tier in ("memory", "disk", "s3")),
             f"{act['bytes_from_bucket'] / 1e6:.1f}",
             f"{requests.get('get', 0)}/{requests.get('put', 0)}",
             f"{ratio:.2f}" if ratio else "-",
