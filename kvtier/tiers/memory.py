@@ -1,4 +1,4 @@
-"""The memory tier: raw blocks in the slots of an arena, and the one owner of every slot's state."""
+"""The memory tier: blocks in the slots of an arena, and the one owner of every slot's state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MemoryTier:
 
     The slots may also be a changing part of memory that several tiers share (`within`, `grow`, `shrink`).
 
-    Payloads are raw slots of exactly `slot_bytes`. All methods are thread-safe and short: none copies
+    Payloads are slots of exactly `slot_bytes`. All methods are thread-safe and short: none copies
     blocks under the lock, and `read` and `write` alone copy or wait at all.
 
     Attributes:
@@ -70,7 +70,6 @@ class MemoryTier:
         self.slots = arena.slots
         self.slot_bytes = arena.slot_bytes
         self.slot_stride = arena.slot_stride
-
         self._lock = threading.Lock()
         self._closed = False
         self._free = list(range(self.slots - 1, -1, -1))
@@ -213,13 +212,12 @@ class MemoryTier:
         with self._lock:
             for ticket in tickets:
                 slot = self._redeem(ticket)
+                block_hash = self._hash.get(slot) if slot is not None else None
+                published.append(block_hash is not None)
                 if slot is None:
-                    published.append(False)
                     continue
-                block_hash = self._hash.get(slot)
                 if block_hash is None:
                     self._release(slot)
-                    published.append(False)
                     continue
                 del self._filling[block_hash]
                 self._ready[block_hash] = slot
@@ -227,7 +225,6 @@ class MemoryTier:
                     self._pins[slot] = 1
                 else:
                     fresh.append(slot)
-                published.append(True)
             for slot in reversed(fresh):
                 self._idle[slot] = None
             self._counts["writes"] += sum(published)
@@ -240,9 +237,7 @@ class MemoryTier:
                 slot = self._redeem(ticket)
                 if slot is None:
                     continue
-                block_hash = self._hash.get(slot)
-                if block_hash is not None:
-                    del self._filling[block_hash]
+                self._filling.pop(self._hash.get(slot, b""), None)
                 self._release(slot)
 
     def discard(self, hashes: Sequence[bytes]) -> None:
@@ -361,11 +356,8 @@ class MemoryTier:
         """
         with self._lock:
             self._closed = True
-            self._free.clear()
-            self._ready.clear()
-            self._filling.clear()
-            self._idle.clear()
-            self._hash.clear()
+            for known in (self._free, self._ready, self._filling, self._idle, self._hash):
+                known.clear()
         self._arena.close()
 
     def _take(self) -> int | None:
@@ -395,9 +387,7 @@ class MemoryTier:
                 del self._idle[slot]
                 self._release(slot)
             return
-        slot = self._filling.pop(block_hash, None)
-        if slot is not None:
-            del self._hash[slot]
+        self._hash.pop(self._filling.pop(block_hash, -1), None)
 
     def _release(self, slot: int) -> None:
         """Make a slot free that nobody can find, pins or fills."""
