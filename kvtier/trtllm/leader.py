@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from kvtier.trtllm.meta import EVERY_PASS, ConnectorMeta, Load, Pages, Save
 from kvtier.trtllm.offers import Offers
 from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported, token_array
 from kvtier.trtllm.running import RunningSaves
-from kvtier.trtllm.runtime import LEADER, Ready, Runtime, join
+from kvtier.trtllm.runtime import LEADER, Ready, Runtime, join, new_session
 from kvtier.trtllm.table import RequestTable
 
 _log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         """
         super().__init__(llm_args)
         self._counters = Counters()
-        self._session = secrets.randbits(62) | 1
+        self._session = new_session()
         self._runtime: Runtime = join(llm_args, LEADER, self._session)
         self._requests = RequestTable()
         self._adapters = Adapters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import threading
 import time
 import weakref
@@ -247,7 +248,11 @@ class Runtime:
 
     def _identify(self, pool: Pool) -> tuple[Namespace, BlockLayout]:
         layout = replace(pool.layout, shards=1 if self.replicated(pool) else self.engine.ranks)
-        return self.engine.namespace(layout, pool.signature), layout
+        engine = self.engine
+        if self._by_agent and self.session is not None and "private" in engine.model:
+            # What is private to a process is so to the leader's: ranks elsewhere hold parts of the same.
+            engine = replace(engine, model={**engine.model, "private": f"{self.session >> 64:x}"})
+        return engine.namespace(layout, pool.signature), layout
 
     def replicated(self, pool: Pool) -> bool:
         """Say whether all ranks hold the same bytes, so that one of them saves for all.
@@ -268,7 +273,13 @@ class Runtime:
 
 _lock = threading.Lock()
 _serial = itertools.count()
+_PROCESS = secrets.randbits(64)
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
+
+
+def new_session() -> int:
+    """Return a leader's name for itself, which no other has: 64 bits of its process, 64 of its own."""
+    return _PROCESS << 64 | secrets.randbits(64)
 
 
 def join(
