@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +32,12 @@ from kvtier.vllm.stores import open_part
 _log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.005
+
+
+class _Late(NamedTuple):
+    step: int
+    saves: tuple[Save, ...]
+    computed: Any
 
 
 class WorkerHalf:
@@ -55,6 +63,7 @@ class WorkerHalf:
         self._shard = 0 if self._engine.latent else self._engine.rank
         self._saves_nothing = self._shard != self._engine.rank
         self._shared: SharedStore | None = None
+        self._pool: LayerPool | None = None
         self._transfers: Transfers | None = None
         self._on_gpu = False
         self._slots = SlotAddresses()
@@ -66,7 +75,7 @@ class WorkerHalf:
         self._lock = threading.RLock()
         self._watcher = Workers("vllm-saves", 1)
         # Saves that are not begun: they would stand before the step's tokens on the way to the host.
-        self._late: tuple[int, tuple[Save, ...], Any] | None = None
+        self._late: deque[_Late] = deque()
         self._under_way = 0
         self._watching = False
 
@@ -80,6 +89,8 @@ class WorkerHalf:
         pool = LayerPool(kv_caches, self._blocks, self._engine)
         if pool.map is None and pool.device.type == "cuda":
             _log.warning("the KV pool has tokens before heads (NHD): every copy transposes, HND is faster")
+        # Its map has addresses, which are good as long as its tensors are there.
+        self._pool = pool
         self._transfers = transfers_for(pool)
         self._on_gpu = pool.device.type == "cuda"
         self._shared = open_part(self._config, self._engine, pool.device, self._engine.rank)
@@ -94,9 +105,9 @@ class WorkerHalf:
                 self._give_up(former)
             if self._transfers is None:
                 return
-            self._begin_late()
-            self._transfers.poll()
             behind = orders.behind
+            self._begin_late(behind)
+            self._transfers.poll()
             if orders.tails:
                 self._save(orders.tails, orders.step)
                 behind = orders.step
@@ -124,8 +135,8 @@ class WorkerHalf:
             if not self._on_gpu:
                 self._save(orders.saves, orders.step)
                 return
-            self._begin_late()
-            self._late = (orders.step, orders.saves, torch.cuda.current_stream().record_event())
+            computed = torch.cuda.current_stream().record_event()
+            self._late.append(_Late(orders.step, orders.saves, computed))
             self._watch_on()
 
     def take_failed_pages(self) -> set[int]:
@@ -148,14 +159,14 @@ class WorkerHalf:
     def close(self) -> None:
         """Finish what is under way and leave the store."""
         with self._lock:
-            self._begin_late()
             if self._transfers is not None:
+                self._begin_late(sys.maxsize)
                 self._transfers.drain()
             if self._orders is not None:
                 self._give_up(self._orders)
             self._orders = None
             self._slots.clear()
-            self._transfers = self._shared = None
+            self._transfers = self._shared = self._pool = None
         self._watcher.close(1.0)
 
     def _store(self) -> StoreClient | None:
@@ -210,12 +221,11 @@ class WorkerHalf:
             done(False)
         self._watch_on()
 
-    def _begin_late(self) -> None:
-        """Begin the saves of the last step; the next one is not ordered yet, or the engine has none."""
-        late, self._late = self._late, None
-        if late is not None:
-            step, saves, _ = late
-            self._save(saves, step)
+    def _begin_late(self, through: int) -> None:
+        """Begin the late saves of steps up to `through`: their pages are going to be overwritten."""
+        while self._late and self._late[0].step <= through:
+            late = self._late.popleft()
+            self._save(late.saves, late.step)
 
     def _watch_on(self) -> None:
         if (self._under_way or self._late) and not self._watching:
@@ -232,21 +242,17 @@ class WorkerHalf:
 
     def _watch(self) -> None:
         """Begin and commit saves also if the engine has no further step to do it in."""
-        computed = False
+        computed = 0
         while True:
             time.sleep(_WATCH_SECONDS)
             with self._lock:
                 if self._transfers is None:
                     return
-                if self._late is None:
-                    computed = False
-                elif not computed:
-                    # Until the next look there is time for the sampling.
-                    computed = bool(self._late[2].query())
-                else:
-                    self._begin_late()
+                self._begin_late(computed)
+                # What is computed now is begun at the next look: until then there is time for the sampling.
+                computed = max([late.step for late in self._late if late.computed.query()], default=0)
                 self._transfers.poll()
-                if not self._under_way and self._late is None:
+                if not self._under_way and not self._late:
                     self._watching = False
                     return
 
