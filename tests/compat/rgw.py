@@ -34,6 +34,7 @@ def unpack(directory: Path) -> None:
     """
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise Missing("radosgw comes from Debian's packages; this machine has no apt-get")
+    directory = directory.resolve()
     root = directory / "root"
     if root.exists():
         return
@@ -44,7 +45,7 @@ def unpack(directory: Path) -> None:
     names = [line.split()[1] for line in wanted.splitlines() if line.startswith("Inst ")]
     _said(["apt-get", "download", *names], directory)
     for package in directory.glob("*.deb"):
-        _said(["dpkg", "-x", str(package), str(begun)], directory)
+        subprocess.run(["dpkg", "-x", str(package), str(begun)], check=True)
         package.unlink()
     if not (begun / "usr/bin/radosgw").exists():
         raise Missing("radosgw is installed in the system, or its package has another form")
