@@ -212,10 +212,14 @@ def _namespace(vllm_config: Any, layout: BlockLayout, ranks: int, rows: str) -> 
     load_format = vllm_config.load_config.load_format
     if str(getattr(load_format, "value", load_format)) == "dummy":
         numerics["load_format"] = "dummy"
+    identity = model_facts(str(getattr(model, "model_weights", "") or model.model), model.revision)
+    if "private" in identity:
+        # Private to the engine: its processes hold parts of the same.
+        identity["private"] = str(vllm_config.kv_transfer_config.engine_id)
     return Namespace.from_facts(
         {
             "engine": "vllm",
-            "model": model_facts(str(getattr(model, "model_weights", "") or model.model), model.revision),
+            "model": identity,
             "numerics": numerics,
             "tensor_parallel_size": ranks,
             "layout": layout.describe(),
