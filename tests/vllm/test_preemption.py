@@ -18,7 +18,7 @@ NEW = 70
 @pytest.fixture(scope="module")
 def engine(place):
     config = place / "memory.yaml"
-    config.write_text("memory: {size: 256MiB}\n")
+    config.write_text("memory: {size: 256MiB}\nagent: {mode: inprocess}\n")
     # 31 blocks for 8 requests that need 7 each.
     process = EngineProcess(config, place / "small.log", num_gpu_blocks_override=32, max_model_len=256)
     yield process
