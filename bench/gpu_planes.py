@@ -114,7 +114,7 @@ def transfers(count: int) -> dict[str, Any]:
 def kernels_alone(planes: CudaPlanes, page_map: PageMap, pages: list[tuple[int]]) -> dict[str, float]:
     room = planes._loads
     count = len(room.slots)
-    place = planes._places(page_map.starts(pages[:count]), room)
+    place = planes._places(page_map.starts(pages[:count]), room.slots)
     result = {}
     for name, launch in (("split", planes._planes.split), ("merge", planes._planes.merge)):
         times = []
@@ -182,6 +182,10 @@ def staging(source: Path, count: int) -> dict[str, Any]:
                 if threads > (os.cpu_count() or 1):
                     continue
                 job = file_job(codec, files, slots)
+                loaded = memory_job(codec, dict(zip(hashes, encoded, strict=True)), slots)
+                row[f"{threads} threads, from memory"] = best(
+                    lambda job=loaded, n=threads: in_threads(job, hashes, n), layout, count
+                )
                 row[f"{threads} threads"] = best(
                     lambda job=job, n=threads: in_threads(job, hashes, n), layout, count
                 )
@@ -222,6 +226,12 @@ def file_job(
         codec.decode(block, room.buffer[:length], slots[block])
 
     return job
+
+
+def memory_job(
+    codec: BlockCodec, blocks: dict[bytes, memoryview], slots: dict[bytes, memoryview]
+) -> Callable[[bytes], None]:
+    return lambda block: codec.decode(block, blocks[block], slots[block])
 
 
 def in_threads(job: Callable[[Any], None], items: list[Any], count: int) -> None:

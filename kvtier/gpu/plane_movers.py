@@ -30,14 +30,16 @@ class _Room(NamedTuple):
     Attributes:
         slots: Slots, uint8 `[blocks, bytes]`.
         raw: Blocks as the pool has them, uint8 `[blocks, bytes]`; without bytes where they are not needed.
+        places: Where the kernels find the blocks, in `raw` or in the pool.
     """
 
     slots: torch.Tensor
     raw: torch.Tensor
+    places: torch.Tensor
 
     def first(self, blocks: int) -> _Room:
         """Return the room of the first blocks."""
-        return _Room(self.slots[:blocks], self.raw[:blocks])
+        return _Room(self.slots[:blocks], self.raw[:blocks], self.places[:blocks])
 
 
 class HostPlanes:
@@ -116,24 +118,19 @@ class CudaPlanes:
         with self._on(stream):
             for slots, pages, room in self._batches(blocks, self._loads):
                 self._copy(_rows(room.slots), slots, _sizes(room.slots), stream)
-                if self._plain:
-                    self._planes.merge(room.slots, room.slots, self._places(self._map.starts(pages), room))
-                    continue
-                pool, own, sizes = self._map.ranges(_rows(room.raw), pages, whole=False)
-                self._planes.merge(room.slots, room.slots, self._places(_rows(room.raw), room))
-                self._copy(pool, own, sizes, stream)
+                self._planes.merge(room.slots, room.slots, room.places)
+                if not self._plain:
+                    pool, own, sizes = self._map.ranges(_rows(room.raw), pages, whole=False)
+                    self._copy(pool, own, sizes, stream)
 
     def save(self, blocks: Blocks, stream: int) -> None:
         """Take blocks in pages apart on the stream with this handle; see `HostPlanes.save`."""
         with self._on(stream):
             for slots, pages, room in self._batches(blocks, self._saves):
-                if self._plain:
-                    starts = self._map.starts(pages)
-                else:
-                    starts = _rows(room.raw)
-                    pool, own, sizes = self._map.ranges(starts, pages)
+                if not self._plain:
+                    pool, own, sizes = self._map.ranges(_rows(room.raw), pages)
                     self._copy(own, pool, sizes, stream)
-                self._planes.split(room.slots, room.slots, self._places(starts, room))
+                self._planes.split(room.slots, room.slots, room.places)
                 self._copy(slots, _rows(room.slots), _sizes(room.slots), stream)
 
     def _on(self, stream: int) -> torch.cuda.StreamContext:
@@ -144,27 +141,32 @@ class CudaPlanes:
     ) -> Iterator[tuple[Addresses, Sequence[Sequence[int]], _Room]]:
         """Yield the addresses of slots, the pages, and the room of each batch."""
         slots, pages = blocks
+        places = self._places(self._map.starts(pages), room.slots) if self._plain else None
         for at in range(0, len(slots), self._batch):
-            part = slots[at : at + self._batch]
-            yield part, pages[at : at + self._batch], room.first(len(part))
+            part = slice(at, at + self._batch)
+            own = room.first(len(slots[part]))
+            yield slots[part], pages[part], own if places is None else own._replace(places=places[part])
 
-    def _places(self, starts: Addresses, room: _Room) -> torch.Tensor:
-        offsets = (starts.astype(np.int64) - room.slots.data_ptr()) // 2
+    def _places(self, starts: Addresses, anchor: torch.Tensor) -> torch.Tensor:
+        offsets = (starts.astype(np.int64) - anchor.data_ptr()) // 2
         # The pinned memory is not used again before it has been read.
         return torch.from_numpy(offsets).pin_memory().to(self._device, non_blocking=True)
 
     def _room(self) -> _Room:
-        slots = torch.zeros(self._batch, self._form.shard_bytes, dtype=torch.uint8, device=self._device)
         raw_bytes = 0 if self._plain else self._form.layout.shard_bytes
-        return _Room(slots, torch.zeros(self._batch, raw_bytes, dtype=torch.uint8, device=self._device))
+        slots, raw = (
+            torch.zeros(self._batch, size, dtype=torch.uint8, device=self._device)
+            for size in (self._form.shard_bytes, raw_bytes)
+        )
+        return _Room(slots, raw, self._places(_rows(raw) if raw_bytes else _rows(slots), slots))
 
     def _warm_up(self) -> None:
         """Run each kernel once on a block of zeros: compiling and loading kernels waits for the whole GPU."""
-        room = self._loads.first(1)
+        slots = self._loads.slots[:1]
         block = torch.zeros(self._form.layout.shard_bytes, dtype=torch.uint8, device=self._device)
-        place = self._places(np.array([block.data_ptr()], np.uint64), room)
-        self._planes.split(room.slots, room.slots, place)
-        self._planes.merge(room.slots, room.slots, place)
+        place = self._places(np.array([block.data_ptr()], np.uint64), slots)
+        self._planes.split(slots, slots, place)
+        self._planes.merge(slots, slots, place)
         torch.cuda.synchronize(self._device)
 
 
