@@ -4,42 +4,19 @@ Run in the environment of `make test-vllm`:
 
     .venv-vllm/bin/python bench/vllm.py --tokens 1000 2000 4000
 
-With --offloading vLLM's own offloading connector (host memory only) is measured beside it.
+vLLM's own offloading connector, to stand beside it, refuses to run on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import random
 import tempfile
 from pathlib import Path
 
-from vllm_engines import FastServer, Node, Table, new_prompt, run_table, wait_for
+from vllm_engines import FastServer, Node, run_table, wait_for
 
 from tests.vllm.engine import EngineProcess
-
-OFFLOADING = {
-    "kv_connector": "OffloadingConnector",
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 30},
-}
-
-
-def offloading(place: Path, table: Table, lengths: list[int], rounds: int, seed: int) -> None:
-    """Add vLLM's own connector to a table."""
-    engine = EngineProcess(None, place / "offloading.log", kv_transfer_config=OFFLOADING)
-    rng = random.Random(seed)
-    try:
-        engine.ask("ready")
-        engine.ask("timed", tokens=new_prompt(random.Random(0), min(lengths)))
-        for _ in range(rounds):
-            for length in lengths:
-                tokens = new_prompt(rng, length)
-                table.measure("vLLM's offloading, cold", engine, tokens, connector=False)
-                table.measure("vLLM's offloading, from memory", engine, tokens, connector=False)
-    finally:
-        engine.kill()
 
 
 def main() -> None:
@@ -48,7 +25,6 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 2000, 4000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--offloading", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvtier-bench-") as folder, FastServer() as bucket:
@@ -67,8 +43,6 @@ def main() -> None:
             plain.kill()
             cached.kill()
             node.stop()
-        if arguments.offloading:
-            offloading(place, table, arguments.tokens, arguments.rounds, arguments.seed)
     print(f"{os.cpu_count()} cores, float32, blocks of 32 tokens")
     table.show("no cache")
 
