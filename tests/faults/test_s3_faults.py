@@ -139,8 +139,9 @@ def test_a_body_that_stalls_or_trickles_is_resumed_elsewhere(
 ) -> None:
     place, blocks = stocked
     tier = open_tier(place, endpoint=proxy.endpoint, read_timeout=60)
-    for _ in range(20):
-        assert read_all(tier, hashes_of(blocks)) == payloads_of(blocks)
+    # As after many requests whose first bytes took so long that a busy machine is not slower.
+    for _ in range(100):
+        tier._bucket._exchange.hedges.report(0.4)
     spoilt: list[str] = []
 
     def choose(method: str, path: str, headers: dict[str, str]) -> Spoil | None:

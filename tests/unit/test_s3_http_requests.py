@@ -18,6 +18,7 @@ from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, KvTierError, TierFull, TierUnavailable
 from kvtier.tiers.s3.bucket import BadReply, BucketThrottled, BucketTimeout, ObjectMissing
 from kvtier.tiers.s3.hedge import Hedges
+from kvtier.tiers.s3.http_bucket import HttpBucket
 from kvtier.tiers.s3.http_connection import Origin
 from kvtier.tiers.s3.http_exchange import Address, address_of, encode_key, redirected
 from kvtier.tiers.s3.http_wire import ReplyHead
@@ -191,18 +192,25 @@ def test_slow_first_bytes_are_asked_for_a_second_time(serve: Serve) -> None:
 
 
 def stalling(parts: int) -> tuple[Callable[[str], bytes], list[tuple[int, int]]]:
-    """Answer warm-up requests whole, then send half of what is asked for and hang, `parts` times."""
+    """Send half of what is asked for and hang, `parts` times; then answer whole."""
     asked: list[tuple[int, int]] = []
 
     def answer(head: str) -> bytes:
         start, end = asked_range(head)
         asked.append((start, end))
         whole = serving(head)
-        if len(asked) <= 100 or len(asked) > 100 + parts:
+        if len(asked) > parts:
             return whole
         return whole[: len(whole) - (end + 1 - start) // 2]
 
     return answer, asked
+
+
+def experienced(bucket: HttpBucket) -> HttpBucket:
+    """Let a bucket have made requests whose first bytes took so long that a busy machine is not slower."""
+    for _ in range(100):
+        bucket._exchange.hedges.report(0.4)
+    return bucket
 
 
 @pytest.mark.parametrize("stalls", [1, 3])
@@ -210,10 +218,9 @@ def test_a_body_that_stalls_is_resumed_on_another_connection(serve: Serve, stall
     counters = Counters()
     answer, asked = stalling(stalls)
     server = serve(answer)
-    bucket = bucket_at(server.endpoint, counters, read_timeout=60)
-    for _ in range(101):
-        assert read(bucket) == DATA[100:50_100]
-    first, *resumed = asked[100:]
+    bucket = experienced(bucket_at(server.endpoint, counters, read_timeout=60))
+    assert read(bucket) == DATA[100:50_100]
+    first, *resumed = asked
     assert first == (100, 50_099)
     assert len(resumed) == stalls
     ends = {end for _, end in resumed}
@@ -223,7 +230,7 @@ def test_a_body_that_stalls_is_resumed_on_another_connection(serve: Serve, stall
     assert starts[0] == 25_100
     counts = counters.snapshot()
     assert counts["stalled_bodies"] == stalls
-    assert counts["get_bytes"] == 101 * 50_000
+    assert counts["get_bytes"] == 50_000
     assert "retries" not in counts or counts["retries"] == 0
 
 
@@ -232,14 +239,12 @@ def test_bodies_that_all_stall_are_resumed_for_a_few_and_time_out(serve: Serve) 
     counters = Counters()
     answer, asked = stalling(10_000)
     server = serve(answer)
-    bucket = bucket_at(server.endpoint, counters, read_timeout=0.6)
-    for _ in range(100):
-        read(bucket)
+    bucket = experienced(bucket_at(server.endpoint, counters, read_timeout=0.8))
     for _ in range(3):
         with pytest.raises(BucketTimeout):
             read(bucket)
-    assert counters.snapshot()["stalled_bodies"] <= 4
-    assert len(asked) <= 100 + 3 + 4
+    assert 1 <= counters.snapshot()["stalled_bodies"] <= 4
+    assert len(asked) <= 3 + 4
 
 
 def test_hedges_are_few_however_slow_the_bucket_is() -> None:
