@@ -16,6 +16,7 @@ from tests.agent_support import TWO_SHARDS, AgentThread, Place, eventually, name
 from tests.store_support import LAYOUT, ROOT, chain, save
 
 HEADER = b"kvtA" + wire.PROTOCOL_VERSION.to_bytes(4, "little")
+FORM = ("raw", LAYOUT.block_bytes)
 """What a frame begins with, but for its length."""
 
 
@@ -124,11 +125,11 @@ class TestHostility:
             b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
             HEADER + b"\xff\xff\xff\xff",
             wire.frame(wire.Refused("me")),
-            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)),
-            wire.frame(wire.Attach(b"[1]", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)),
-            wire.frame(wire.Attach(b"{", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)),
+            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)),
+            wire.frame(wire.Attach(b"[1]", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)),
+            wire.frame(wire.Attach(b"{", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)),
             wire.frame(wire.Attach(b"{}", bytes(16), {"layers": 2**62}, "g", 0, 1, "raw", 1)),
-            wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1, "raw", LAYOUT.block_bytes)),
+            wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1, *FORM)),
             HEADER + b"\x05\x00\x00\x00" + b"\xc1" * 5,
         ],
         ids=range(10),
@@ -161,7 +162,7 @@ class TestHostility:
 
     def test_another_user_is_refused(self, place, agent, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, "raw", LAYOUT.block_bytes)
+        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(str(place.directory / wire.DOOR))
             caller.sendall(wire.frame(hello))

@@ -15,6 +15,7 @@ from kvtier.engine import EngineConfig, KVMemory, ModelSpec
 from kvtier.errors import LayoutError
 from kvtier.gpu.copies import copy_on_host
 from kvtier.gpu.ranges import PageMap, Region
+from kvtier.trtllm import pool
 from kvtier.trtllm.identity import EngineFacts
 from kvtier.trtllm.pool import FlatPool, GroupPool
 from kvtier.trtllm.transfer import Blocks, RawMover
@@ -320,3 +321,12 @@ def test_no_copy_spans_two_regions():
     page_map = PageMap([Region(0, 1 << 20, 64, 64, 4), Region(0, (1 << 20) + 256, 64, 64, 4)], 1)
     _, _, sizes = page_map.ranges(np.array([4096], dtype=np.uint64), [(3,)])
     assert sizes.tolist() == [64, 64]
+
+
+@pytest.mark.parametrize(
+    ("told", "kv_factor", "row", "found"),
+    [(64, 2, 3 * 64 * SIZE, 64), (None, 2, 3 * 64 * SIZE, 64), (None, 2, 8 * 128 * SIZE, 128),
+     (100, 2, 8 * 128 * SIZE, 128), (None, 2, 7 * SIZE, 0), (128, 1, 576 * SIZE, 576)],
+)  # fmt: skip
+def test_heads_are_as_the_model_says_or_guessed(told, kv_factor, row, found):
+    assert pool._head_dim(SimpleNamespace(head_dim=told), kv_factor, row, SIZE) == found
