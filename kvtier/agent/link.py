@@ -213,7 +213,9 @@ class Link:
 
     def post(self, request: wire.AnyRequest, epoch: int) -> None:
         """Send a request that wants no reply, soon. Never waits."""
-        if self._state is not State.DOWN and self._state is not State.CLOSED:
+        # Also when this thinks that the agent is gone: the agent lets a client in before the client knows it,
+        # and the engine's leader may have been promised something already that this rank has to give back.
+        if self._state is not State.CLOSED:
             self._posts.append((epoch, request))
 
     def close(self, timeout: float) -> None:
@@ -286,9 +288,7 @@ class Link:
         while self._posts and self._lock.acquire(blocking=False):
             try:
                 connection = self._connection
-                if connection is None:
-                    self._posts.clear()
-                elif not self._send_posts(connection):
+                if connection is None or not self._send_posts(connection):
                     return
             finally:
                 self._lock.release()

@@ -10,7 +10,7 @@ import urllib.request
 import msgspec
 import pytest
 
-from kvtier.agent import http, reservations, wire
+from kvtier.agent import http, link, reservations, wire
 from kvtier.agent.client import AgentClient, Deadlines
 from kvtier.agent.http import HealthServer
 from kvtier.codec import BlockCodec
@@ -124,6 +124,29 @@ class TestEngines:
         first.commit(tickets)
         assert len(first.match(chain(2, seed=1)).slots) == 2
         first.close(1)
+
+    def test_what_a_rank_says_before_it_knows_that_it_is_let_in_counts(self, place, agent, monkeypatch):
+        leader = place.connect(group="engine", rank=0, ranks=2)
+        eventually(lambda: leader.connected)
+        ranks = []
+
+        def slowly(*arguments):
+            connection = attach(*arguments)
+            # The agent knows both ranks from here on, and serves the leader.
+            eventually(lambda: ranks)
+            assert save(leader, chain(2)) == 2
+            match = leader.match(chain(2))
+            leader.release(match.lease, 0)
+            ranks[0].release(match.lease, 1)
+            return connection
+
+        attach = link.attach
+        monkeypatch.setattr(link, "attach", slowly)
+        ranks.append(place.connect(group="engine", rank=1, ranks=2, wait=0))
+        eventually(lambda: ranks[0].connected)
+        eventually(lambda: leader.stats().get("leases") == 0, "both have released it")
+        ranks[0].close(1)
+        leader.close(1)
 
     def test_a_namespace_that_nobody_uses_any_more_leaves_its_memory_to_the_next(self, place, agent):
         place.connect(namespace_of(a=1)).close(1)
