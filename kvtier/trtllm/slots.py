@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ class SlotAddresses:
     def __init__(self) -> None:
         self._of: tuple[StoreClient, int, int] | None = None
         self._known: dict[int, int] = {}
-        self._views: list[NDArray[np.uint8]] = []
+        self._views: list[ctypes.c_char] = []
 
     def find(self, store: StoreClient, shard: int, slots: Sequence[int]) -> NDArray[np.uint64]:
         """Return the address of each slot.
@@ -46,8 +47,8 @@ class SlotAddresses:
         self._views = []
 
     def _look_up(self, store: StoreClient, shard: int, slot: int) -> int:
-        view = np.frombuffer(store.slot_view(slot, shard), dtype=np.uint8)
+        view = ctypes.c_char.from_buffer(store.slot_view(slot, shard))
         self._views.append(view)
-        address = int(view.ctypes.data)
+        address = ctypes.addressof(view)
         self._known[slot] = address
         return address

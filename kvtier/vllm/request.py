@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
+from kvtier.trtllm.adapters import Adapters
 from kvtier.trtllm.hash_cache import HashCache
 
 
@@ -20,17 +18,20 @@ class Identity:
 
     Attributes:
         salt: The cache salt, None without.
-        lora: A number for the adapter, None without.
+        lora: A name for the adapter's content, None without.
         items: The multimodal items of the prompt, in order.
     """
 
     salt: str | None = None
-    lora: int | None = None
+    lora: str | None = None
     items: tuple[MultimodalItem, ...] = ()
 
     @classmethod
-    def of(cls, request: Any) -> Identity | None:
-        """Read a request; None if its KV must be neither served from nor saved to the store."""
+    def of(cls, request: Any, adapters: Adapters) -> Identity | None:
+        """Read a request; None if its KV must be neither served from nor saved to the store.
+
+        That is so, too, until the files of its adapter have been read.
+        """
         if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
             return None
         if request.pooling_params is not None or getattr(request, "resumable", False):
@@ -38,7 +39,7 @@ class Identity:
             return None
         lora = None
         if request.lora_request is not None:
-            lora = _adapter(str(request.lora_request.lora_path))
+            lora = adapters.name(int(request.lora_request.lora_int_id), str(request.lora_request.lora_path))
             if lora is None:
                 return None
         items = tuple(
@@ -50,18 +51,6 @@ class Identity:
             for feature in request.mm_features or ()
         )
         return cls(request.cache_salt, lora, items)
-
-
-def _adapter(path: str) -> int | None:
-    """Return a number that stands for an adapter's files, None where they cannot be told apart."""
-    place = Path(path)
-    try:
-        files = sorted(file for file in place.iterdir() if file.is_file())
-        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    except OSError:
-        return None
-    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") if facts else None
 
 
 @dataclass(slots=True)
@@ -121,18 +110,25 @@ class RequestState:
 
     @classmethod
     def start(
-        cls, request: Any, namespace: bytes, tokens_per_block: int, cache: HashCache, era: str | None
+        cls,
+        request: Any,
+        adapters: Adapters,
+        namespace: bytes,
+        tokens_per_block: int,
+        cache: HashCache,
+        era: str | None,
     ) -> RequestState:
         """Return the state of a request that nothing was heard of before.
 
         Args:
             request: The engine's object.
+            adapters: Names the adapters of the engine.
             namespace: Id of the namespace.
             tokens_per_block: Tokens in a block.
             cache: Hashes of other requests of the namespace.
             era: What tells this time of the engine's life from others, None from its start to a reset.
         """
-        identity = Identity.of(request)
+        identity = Identity.of(request, adapters)
         root = b""
         if identity is not None:
             root = chain_root(namespace, identity.salt, identity.lora)

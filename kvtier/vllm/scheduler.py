@@ -16,6 +16,7 @@ from kvtier._logging import log_once
 from kvtier.config import load_config
 from kvtier.store.base import Match, StoreClient
 from kvtier.store.gate import ComputePace
+from kvtier.trtllm.adapters import Adapters
 from kvtier.trtllm.guard import shielded
 from kvtier.trtllm.hash_cache import HashCache
 from kvtier.vllm.identity import EngineFacts, config_path
@@ -59,6 +60,7 @@ class SchedulerHalf:
         self._size = self.engine.layout.tokens_per_block
         self._requests: dict[str, RequestState] = {}
         self._hashes = HashCache(self._size)
+        self._adapters = Adapters()
         self._pace = ComputePace()
         # Tokens and beginning of the steps under way: the engine may order one before the last has ended.
         self._under_way: deque[tuple[int, float]] = deque(maxlen=4)
@@ -211,7 +213,9 @@ class SchedulerHalf:
     def _meet(self, request: Any) -> RequestState:
         state = self._requests.get(request.request_id)
         if state is None or state.request is not request:
-            state = RequestState.start(request, self.engine.namespace.id, self._size, self._hashes, self._era)
+            state = RequestState.start(
+                request, self._adapters, self.engine.namespace.id, self._size, self._hashes, self._era
+            )
             self._requests[request.request_id] = state
         return state
 

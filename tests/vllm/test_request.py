@@ -1,0 +1,61 @@
+"""What tells requests apart whose tokens are the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+from kvtier.trtllm.adapters import Adapters
+from kvtier.vllm.request import Identity
+
+
+def request(path: Path | None = None, number: int = 1, **given: Any) -> Any:
+    lora = SimpleNamespace(lora_int_id=number, lora_path=str(path)) if path else None
+    facts = {
+        "prompt_token_ids": [1, 2],
+        "pooling_params": None,
+        "lora_request": lora,
+        "mm_features": [],
+        "cache_salt": None,
+    }
+    return SimpleNamespace(**{**facts, **given})
+
+
+def adapter(place: Path, weights: bytes) -> Path:
+    place.mkdir()
+    (place / "adapter_config.json").write_text(json.dumps({"r": 8}))
+    (place / "adapter_model.bin").write_bytes(weights)
+    return place
+
+
+def read(adapters: Adapters, asked: Any) -> Identity:
+    """Ask until the adapter's files have been read."""
+    until = time.monotonic() + 20
+    while (identity := Identity.of(asked, adapters)) is None:
+        assert time.monotonic() < until, "the adapter is never read"
+        time.sleep(0.01)
+    return identity
+
+
+def test_adapters_are_told_apart_by_their_content_and_not_by_number_or_place(tmp_path: Path) -> None:
+    first, again, other = (
+        read(Adapters(), request(adapter(tmp_path / name, weights), number))
+        for name, weights, number in (("a", b"one", 1), ("b", b"one", 2), ("c", b"two", 1))
+    )
+    assert first == again
+    assert first != other
+    assert first != Identity.of(request(), Adapters())
+
+
+def test_requests_are_left_alone_until_their_adapter_is_read(tmp_path: Path) -> None:
+    adapters = Adapters()
+    asked = request(adapter(tmp_path / "a", b"one"))
+    assert Identity.of(asked, adapters) is None
+    assert read(adapters, asked).lora is not None
