@@ -25,7 +25,7 @@ RANKS = 2
 @pytest.fixture
 def place(monkeypatch, tmp_path) -> Iterator[Place]:
     place = Place(4 << 20)
-    configure(monkeypatch, tmp_path, agent={"directory": str(place.directory), "linger": "1s"})
+    configure(monkeypatch, tmp_path, agent={"directory": str(place.directory), "linger": "10s"})
     yield place
     if (pid := agent_pid(place.directory)) is not None:
         os.kill(pid, signal.SIGKILL)
