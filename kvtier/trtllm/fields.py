@@ -20,8 +20,6 @@ def dig(source: object, *names: str) -> Any:
 
 def as_int(value: object) -> int | None:
     """Return `value` if it is an integer (a bool is none)."""
-    if type(value) is int:
-        return value
     # Nearly always one of these; the test below is slow, and this runs for each request of each pass.
     if value is None or type(value) is int:
         return value

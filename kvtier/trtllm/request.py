@@ -361,5 +361,6 @@ def note_unsupported(identity: Identity | None) -> None:
         log_once(
             _log,
             "unsupported",
-            "requests with content that has no hash, or that want logits of the whole prompt, are not cached",
+            "requests are not cached that have content without a hash, that want logits of the whole prompt,"
+            " or whose LoRA adapter has not been read yet",
         )
