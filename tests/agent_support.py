@@ -56,8 +56,10 @@ def configure(directory: Path, memory: int, **settings: Any) -> Config:
     )
 
 
-def serve_place(config: Config) -> None:
+def serve_place(config: Config, environment: dict[str, str]) -> None:
     """Be an agent: what an `AgentProcess` does."""
+    # The fork server's environment is that of the test which started it, without later ones' credentials.
+    os.environ.update(environment)
     logging.basicConfig(level=logging.INFO, filename=config.agent.directory / "log", force=True)
     serve(config)
     os._exit(0)
@@ -96,7 +98,7 @@ class AgentProcess:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.process = PROCESSES.Process(target=serve_place, args=(place.config,))
+        self.process = PROCESSES.Process(target=serve_place, args=(place.config, dict(os.environ)))
         self.process.start()
 
     def __enter__(self) -> AgentProcess:
