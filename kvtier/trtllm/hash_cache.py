@@ -7,6 +7,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from kvtier.hashing import MultimodalItem, hash_blocks
+
 CHUNK_BLOCKS = 64
 """Blocks of one entry; of a known prefix up to as many are hashed again."""
 
@@ -60,3 +62,43 @@ class HashCache:
             parent, _ = self._chunks[key]
         while len(self._chunks) > self._most:
             self._chunks.popitem(last=False)
+
+
+def extend_hashes(
+    hashes: list[bytes],
+    root: bytes,
+    tokens: array[int],
+    blocks: int,
+    tokens_per_block: int,
+    items: Sequence[MultimodalItem],
+    cache: HashCache | None,
+) -> list[bytes]:
+    """Hash up to `blocks` whole blocks of a request's tokens.
+
+    Args:
+        hashes: Those of its leading blocks, as far as they are known; the new ones are appended.
+        root: Where the chain starts.
+        tokens: The request's tokens.
+        blocks: How many hashes are wanted.
+        tokens_per_block: Tokens in a block.
+        items: The request's multimodal items.
+        cache: Asked, and told, when nothing is known yet.
+
+    Returns:
+        `hashes`.
+    """
+    cache = None if hashes else cache
+    if cache is not None:
+        hashes += cache.find(root, tokens, blocks)
+    have = len(hashes)
+    if have < blocks:
+        hashes += hash_blocks(
+            hashes[-1] if hashes else root,
+            tokens[have * tokens_per_block : blocks * tokens_per_block],
+            tokens_per_block,
+            first_block=have,
+            multimodal=items,
+        )
+    if cache is not None:
+        cache.add(root, tokens, hashes)
+    return hashes

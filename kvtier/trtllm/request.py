@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvtier._logging import log_once
-from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
+from kvtier.hashing import MultimodalItem, chain_root
 from kvtier.trtllm.adapters import Adapters
 from kvtier.trtllm.fields import as_int, as_list, as_text, dig, is_given
-from kvtier.trtllm.hash_cache import HashCache
+from kvtier.trtllm.hash_cache import HashCache, extend_hashes
 from kvtier.trtllm.meta import Pages
 from kvtier.trtllm.pool import NO_PAGE, PageGroup
 
@@ -203,23 +203,9 @@ class RequestState:
 
     def hash_through(self, blocks: int) -> list[bytes]:
         """Hash up to `blocks` whole blocks of the tokens known, and return all hashes so far."""
-        size = self.tokens_per_block
-        cache = self._cache if not self.hashes else None
-        if cache is not None:
-            self.hashes += cache.find(self.root, self.tokens, blocks)
-        have = len(self.hashes)
-        if have < blocks:
-            items = self.identity.items if self.identity else ()
-            self.hashes += hash_blocks(
-                self.hash_before(have),
-                self.tokens[have * size : blocks * size],
-                size,
-                first_block=have,
-                multimodal=items,
-            )
-        if cache is not None:
-            cache.add(self.root, self.tokens, self.hashes)
-        return self.hashes
+        items = self.identity.items if self.identity else ()
+        size, cache = self.tokens_per_block, self._cache
+        return extend_hashes(self.hashes, self.root, self.tokens, blocks, size, items, cache)
 
     def hash_before(self, block: int) -> bytes:
         """Return the parent hash of a block whose predecessor is hashed."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
+from kvtier.hashing import MultimodalItem, chain_root
 from kvtier.trtllm.adapters import Adapters
-from kvtier.trtllm.hash_cache import HashCache
+from kvtier.trtllm.hash_cache import HashCache, extend_hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +148,9 @@ class RequestState:
 
     def hash_through(self, blocks: int) -> list[bytes]:
         """Hash up to `blocks` whole blocks of the tokens known, and return all hashes so far."""
-        size = self.tokens_per_block
-        cache = self._cache if not self.hashes else None
-        if cache is not None:
-            self.hashes += cache.find(self.root, self.tokens, blocks)
-        have = len(self.hashes)
-        if have < blocks:
-            items = self.identity.items if self.identity else ()
-            self.hashes += hash_blocks(
-                self.hash_before(have),
-                self.tokens[have * size : blocks * size],
-                size,
-                first_block=have,
-                multimodal=items,
-            )
-        if cache is not None:
-            cache.add(self.root, self.tokens, self.hashes)
-        return self.hashes
+        items = self.identity.items if self.identity else ()
+        size, cache = self.tokens_per_block, self._cache
+        return extend_hashes(self.hashes, self.root, self.tokens, blocks, size, items, cache)
 
     def hash_before(self, block: int) -> bytes:
         """Return the parent hash of a block whose predecessor is hashed."""

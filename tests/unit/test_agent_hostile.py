@@ -16,8 +16,10 @@ from tests.agent_support import TWO_SHARDS, AgentThread, Place, eventually, name
 from tests.store_support import LAYOUT, ROOT, chain, save
 
 HEADER = b"kvtA" + wire.PROTOCOL_VERSION.to_bytes(4, "little")
-FORM = ("raw", LAYOUT.block_bytes)
 """What a frame begins with, but for its length."""
+
+FORM = ("raw", LAYOUT.block_bytes)
+"""The format and size of a slot, as a handshake names them."""
 
 
 @pytest.fixture(autouse=True)
