@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.connector.transfer import Blocks, RawMover
 from kvtier.gpu import pin
 from kvtier.gpu.copies import CudaCopies
 from kvtier.gpu.ranges import PageMap, Region
 from kvtier.tiers.memory import MemoryTier
-from kvtier.trtllm.transfer import Blocks, RawMover
 
 SIZES = [16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20]
 ROUNDS = 7

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from kvtier.codec import BlockCodec, PlaneSlots, slot_form
+from kvtier.connector.transfer import Blocks, Mover, RawMover
 from kvtier.gpu import pin
 from kvtier.gpu.copies import CudaCopies
 from kvtier.gpu.plane_movers import CudaPlanes
@@ -34,7 +35,6 @@ from kvtier.layout import BlockLayout
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.memory import MemoryTier
-from kvtier.trtllm.transfer import Blocks, Mover, RawMover
 
 LAYOUT = BlockLayout("bfloat16", 32, 32, 2, 8 * 32 * 128, head_dim=128)
 ROUNDS = 7

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtier.connector.transfer import Blocks, CudaTransfers, Done, Mover
 from kvtier.store import ticket_slot
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
-from kvtier.trtllm.transfer import Blocks, CudaTransfers, Done, Mover
 from tests.trtllm_support import SIZE, FakeRequest, Rig, llm_args
 
 PAGES = 48

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 
+from kvtier.connector import shared
 from kvtier.engine.versions import (
     RequestData11,
     RequestData12,
@@ -26,7 +27,7 @@ from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
 from kvtier.store import TieredStore
 from kvtier.tiers.memory import MemoryTier
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, runtime, shared
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, runtime
 
 SIZE = 4
 """Tokens in a block."""

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kvtier.agent.client import Deadlines
+from kvtier.connector import shared
 from kvtier.engine import Engine, EngineConfig, Request, Tokenizer, load_model, model_dir
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 
 PATIENCE_SECONDS = 60.0
 

@@ -1,6 +1,6 @@
 """The TensorRT-LLM KV cache connector: a leader that promises blocks and workers that move them."""
 
-from kvtier.trtllm.guard import BrokenPromise
+from kvtier.connector.guard import BrokenPromise
 from kvtier.trtllm.leader import KvTierConnectorLeader
 from kvtier.trtllm.worker import KvTierConnectorWorker
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvtier.connector.weights import model_config, model_facts, private_facts
 from kvtier.errors import LayoutError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
 from kvtier.trtllm.fields import as_int, as_list, as_plain, as_text, dig
 from kvtier.trtllm.interface import world_size
-from kvtier.trtllm.weights import model_config, model_facts, private_facts
 
 DEFAULT_TOKENS_PER_BLOCK = 32
 """The engine's own default."""

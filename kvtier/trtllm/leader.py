@@ -8,12 +8,13 @@ from typing import Any
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
-from kvtier.trtllm.adapters import Adapters
+from kvtier.connector.adapters import Adapters
+from kvtier.connector.guard import BrokenPromise, shielded
+from kvtier.connector.hash_cache import HashCache
+from kvtier.connector.passes import EVERY_PASS, Pages
 from kvtier.trtllm.fields import as_int, dig
-from kvtier.trtllm.guard import BrokenPromise, shielded
-from kvtier.trtllm.hash_cache import HashCache
 from kvtier.trtllm.interface import KvCacheConnectorScheduler
-from kvtier.trtllm.meta import EVERY_PASS, ConnectorMeta, Load, Pages, Save
+from kvtier.trtllm.meta import ConnectorMeta, Load, Save
 from kvtier.trtllm.offers import Offers
 from kvtier.trtllm.request import Identity, Promise, RequestState, note_unsupported, token_array
 from kvtier.trtllm.running import RunningSaves

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Pages = tuple[int, ...]
-"""One block's page in each layer group of the pool, -1 where it has none; a flat pool has one group."""
-
-EVERY_PASS = sys.maxsize
-"""Stands for all passes where the number of one is asked for."""
+from kvtier.connector.passes import Pages
 
 
 class Load(NamedTuple):

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from kvtier.connector.passes import Pages
 from kvtier.store.base import Reservation, Run, StoreClient
-from kvtier.trtllm.meta import Pages, Save
+from kvtier.trtllm.meta import Save
 from kvtier.trtllm.pool import PageGroup
 from kvtier.trtllm.request import RequestState
 

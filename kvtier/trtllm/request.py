@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvtier._logging import log_once
+from kvtier.connector.adapters import Adapters
+from kvtier.connector.hash_cache import HashCache, extend_hashes
+from kvtier.connector.passes import Pages
 from kvtier.hashing import MultimodalItem, chain_root
-from kvtier.trtllm.adapters import Adapters
 from kvtier.trtllm.fields import as_int, as_list, as_text, dig, is_given
-from kvtier.trtllm.hash_cache import HashCache, extend_hashes
-from kvtier.trtllm.meta import Pages
 from kvtier.trtllm.pool import NO_PAGE, PageGroup
 
 _log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from functools import partial
 
 from kvtier._logging import log_once
 from kvtier.config import Config, load_config
+from kvtier.connector.shared import SharedStore, attach_store, share_store
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
@@ -22,7 +23,6 @@ from kvtier.trtllm.fields import dig
 from kvtier.trtllm.identity import EngineFacts
 from kvtier.trtllm.meta import Save, decode_saves, encode_saves
 from kvtier.trtllm.pool import PageGroup, Pool
-from kvtier.trtllm.shared import SharedStore, attach_store, share_store
 
 _log = logging.getLogger(__name__)
 

@@ -14,15 +14,17 @@ import torch
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.codec import slot_form
+from kvtier.connector.guard import BrokenPromise, shielded
+from kvtier.connector.passes import EVERY_PASS, Pages
+from kvtier.connector.slots import SlotAddresses
+from kvtier.connector.transfer import Blocks, Transfers
 from kvtier.store.base import StoreClient, ticket_slot
 from kvtier.trtllm.fields import as_int, dig
-from kvtier.trtllm.guard import BrokenPromise, shielded
 from kvtier.trtllm.interface import KvCacheConnectorWorker, rank_here
-from kvtier.trtllm.meta import EVERY_PASS, ConnectorMeta, Load, Pages, Save
+from kvtier.trtllm.meta import ConnectorMeta, Load, Save
+from kvtier.trtllm.movers import transfers_for
 from kvtier.trtllm.pool import FlatPool, GroupPool, Pool
 from kvtier.trtllm.runtime import Runtime, join, runtime_of
-from kvtier.trtllm.slots import SlotAddresses
-from kvtier.trtllm.transfer import Blocks, Transfers, transfers_for
 
 _log = logging.getLogger(__name__)
 

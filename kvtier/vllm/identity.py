@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtier.config import Config
+from kvtier.connector.weights import VOLATILE_KEYS, model_facts
 from kvtier.errors import ConfigError, LayoutError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
-from kvtier.trtllm.weights import VOLATILE_KEYS, model_facts
 
 CANONICAL = "head, token, dim"
 """The order of a row in blocks that every engine can read."""

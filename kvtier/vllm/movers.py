@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier.connector.transfer import Blocks, CudaTransfers, HostTransfers, RawMover, Transfers
 from kvtier.gpu.copies import CudaCopies, copy_on_host
-from kvtier.trtllm.transfer import Blocks, CudaTransfers, HostTransfers, RawMover, Transfers
 from kvtier.vllm.pool import LayerPool
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvtier.connector.adapters import Adapters
+from kvtier.connector.hash_cache import HashCache, extend_hashes
 from kvtier.hashing import MultimodalItem, chain_root
-from kvtier.trtllm.adapters import Adapters
-from kvtier.trtllm.hash_cache import HashCache, extend_hashes
 
 
 @dataclass(frozen=True, slots=True)

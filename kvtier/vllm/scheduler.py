@@ -14,11 +14,11 @@ import torch
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.config import load_config
+from kvtier.connector.adapters import Adapters
+from kvtier.connector.guard import shielded
+from kvtier.connector.hash_cache import HashCache
 from kvtier.store.base import Match, StoreClient
 from kvtier.store.gate import ComputePace
-from kvtier.trtllm.adapters import Adapters
-from kvtier.trtllm.guard import shielded
-from kvtier.trtllm.hash_cache import HashCache
 from kvtier.vllm.identity import EngineFacts, config_path
 from kvtier.vllm.meta import ConnectorMeta, Load, Save
 from kvtier.vllm.request import Promise, RequestState

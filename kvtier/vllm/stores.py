@@ -9,8 +9,8 @@ import torch
 
 from kvtier._logging import log_once
 from kvtier.config import Config
+from kvtier.connector.shared import SharedStore, attach_store, share_store
 from kvtier.errors import ConfigError
-from kvtier.trtllm.shared import SharedStore, attach_store, share_store
 from kvtier.vllm.identity import EngineFacts
 
 _log = logging.getLogger(__name__)

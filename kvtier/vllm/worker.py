@@ -18,11 +18,11 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
 from kvtier.config import load_config
+from kvtier.connector.guard import shielded
+from kvtier.connector.shared import SharedStore
+from kvtier.connector.slots import SlotAddresses
+from kvtier.connector.transfer import Blocks, Transfers
 from kvtier.store.base import StoreClient, ticket_slot
-from kvtier.trtllm.guard import shielded
-from kvtier.trtllm.shared import SharedStore
-from kvtier.trtllm.slots import SlotAddresses
-from kvtier.trtllm.transfer import Blocks, Transfers
 from kvtier.vllm.identity import EngineFacts, config_path
 from kvtier.vllm.meta import ConnectorMeta, Load, Save, WorkerMeta
 from kvtier.vllm.movers import transfers_for

@@ -13,8 +13,9 @@ import yaml
 
 from kvtier.agent.client import Deadlines
 from kvtier.config import load_config
+from kvtier.connector import shared
 from kvtier.engine import Engine, EngineConfig, Request, Tokenizer, load_model, model_dir
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 from tests.agent_support import AgentProcess, Place, eventually
 from tests.e2e.test_ranks import warm_up
 

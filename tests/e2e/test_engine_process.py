@@ -17,7 +17,7 @@ import yaml
 import kvtier
 from kvtier.agent.client import Deadlines
 from kvtier.config import load_config
-from kvtier.trtllm import shared
+from kvtier.connector import shared
 from tests.agent_support import PROCESSES, AgentProcess, Place, eventually
 from tests.e2e.test_connector_schedules import random_requests
 from tests.faults.rank_support import answers, make_engine, use_model

@@ -19,7 +19,7 @@ import sys
 from tests.store_support import LAYOUT, chain, make_store, save
 import torch
 from kvtier.config import load_config
-from kvtier.trtllm.shared import share_store
+from kvtier.connector.shared import share_store
 
 shared = share_store(load_config(sys.argv[1]), make_store().namespace, LAYOUT, torch.device("cpu"))
 assert save(shared.store, chain(40)) == 40

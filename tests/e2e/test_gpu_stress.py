@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from kvtier.connector.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
-from kvtier.trtllm.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
 from tests.stress_support import MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
 from tests.trtllm_support import memory_stores, write_config  # noqa: E402
 

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from kvtier.agent.client import Deadlines
+from kvtier.connector import shared
 from kvtier.engine import Engine, EngineConfig, HashModel, Request
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 from tests.agent_support import AgentProcess, Place, eventually
 from tests.e2e.test_connector_schedules import TOKENS_PER_BLOCK, random_requests
 

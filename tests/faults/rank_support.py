@@ -21,9 +21,10 @@ import torch
 from kvtier.agent import link
 from kvtier.agent.client import connect
 from kvtier.agent.place import HTTP
+from kvtier.connector import shared
 from kvtier.engine import Engine, EngineConfig, HashModel, Request
 from kvtier.engine.group import RankLost
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 from tests.agent_support import PROCESSES, Place, eventually
 from tests.e2e.test_connector_schedules import TOKENS_PER_BLOCK
 from tests.unit.test_engine_ranks import alive

@@ -7,9 +7,10 @@ import socket
 
 import pytest
 
+from kvtier.connector import shared
 from kvtier.engine import Engine, EngineConfig, HashModel, Request
 from kvtier.store.base import Match
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared, table
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, table
 from tests.trtllm_support import make_rig, memory_stores, write_config
 
 CONNECTOR = {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}

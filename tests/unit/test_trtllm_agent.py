@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from kvtier.agent.client import Deadlines
+from kvtier.connector import shared
 from kvtier.engine.versions import RequestData12, SchedulerOutput
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, shared, worker
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, worker
 from tests.agent_support import AgentThread, Place, eventually
 from tests.trtllm_support import LAYERS, ROW, SIZE, FakeRequest, content, llm_args
 

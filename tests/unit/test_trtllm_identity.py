@@ -11,10 +11,10 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from kvtier.connector import weights
+from kvtier.connector.weights import model_config, model_facts
 from kvtier.layout import BlockLayout
-from kvtier.trtllm import weights
 from kvtier.trtllm.identity import EngineFacts
-from kvtier.trtllm.weights import model_config, model_facts
 from tests.trtllm_support import llm_args
 
 LAYOUT = BlockLayout("bfloat16", 32, 2, 2, 1024)

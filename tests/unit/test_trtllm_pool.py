@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtier.connector.transfer import Blocks, RawMover
 from kvtier.engine import EngineConfig, KVMemory, ModelSpec
 from kvtier.errors import LayoutError
 from kvtier.gpu.copies import copy_on_host
@@ -18,7 +19,6 @@ from kvtier.gpu.ranges import PageMap, Region
 from kvtier.trtllm import pool
 from kvtier.trtllm.identity import EngineFacts
 from kvtier.trtllm.pool import FlatPool, GroupPool
-from kvtier.trtllm.transfer import Blocks, RawMover
 from tests.trtllm_support import SIZE, content, llm_args
 
 SPEC = ModelSpec(layers=5, kv_heads=2, head_dim=8, vocab_size=100)

@@ -8,10 +8,10 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
+from kvtier.connector.adapters import Adapters
+from kvtier.connector.hash_cache import CHUNK_BLOCKS, HashCache
 from kvtier.engine.versions import RequestData11, RequestData12, RequestDataMain
 from kvtier.hashing import MultimodalItem, chain_root, hash_blocks
-from kvtier.trtllm.adapters import Adapters
-from kvtier.trtllm.hash_cache import CHUNK_BLOCKS, HashCache
 from kvtier.trtllm.pool import PageGroup
 from kvtier.trtllm.request import Identity, Promise, RequestState, salt_of, token_array
 from kvtier.trtllm.table import SILENCE_SECONDS, RequestTable

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvtier.connector import shared
 from kvtier.engine.versions import RequestData12, SchedulerOutput
 from kvtier.errors import ConfigError, LayoutError
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, runtime, shared, worker
+from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, runtime, worker
 from kvtier.trtllm.meta import Save
 from kvtier.trtllm.runtime import LEADER, join
 from tests.trtllm_support import (

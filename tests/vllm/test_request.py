@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-from kvtier.trtllm.adapters import Adapters
+from kvtier.connector.adapters import Adapters
 from kvtier.vllm.request import Identity
 
 

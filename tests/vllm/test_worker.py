@@ -11,9 +11,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm h
 import numpy as np
 import torch
 
+from kvtier.connector.transfer import Blocks
 from kvtier.layout import BlockLayout
 from kvtier.store.base import ticket_slot
-from kvtier.trtllm.transfer import Blocks
 from kvtier.vllm import worker as module
 from kvtier.vllm.meta import ConnectorMeta, Load, Save
 from kvtier.vllm.movers import transfers_for

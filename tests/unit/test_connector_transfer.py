@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kvtier.trtllm.transfer import CudaTransfers, RawMover
+from kvtier.connector.transfer import CudaTransfers, RawMover
 from tests.stress_support import MUTILATED, PAGES, SLOTS, Stress
 from tests.trtllm_support import memory_stores, write_config
 from tests.virtual_gpu import VirtualGpu

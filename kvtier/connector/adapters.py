@@ -9,7 +9,7 @@ from functools import partial
 
 from kvtier._logging import log_once
 from kvtier._workers import Workers
-from kvtier.trtllm.weights import adapter_digest
+from kvtier.connector.weights import adapter_digest
 
 _log = logging.getLogger(__name__)
 

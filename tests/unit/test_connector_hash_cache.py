@@ -7,9 +7,9 @@ from array import array
 
 import pytest
 
+from kvtier.connector import hash_cache
+from kvtier.connector.hash_cache import CHUNK_BLOCKS, HashCache
 from kvtier.hashing import chain_root, hash_blocks
-from kvtier.trtllm import hash_cache
-from kvtier.trtllm.hash_cache import CHUNK_BLOCKS, HashCache
 from kvtier.trtllm.request import Identity, RequestState
 
 SIZE = 2

@@ -13,13 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvtier._logging import log_once
-from kvtier.codec import PlaneSlots, SlotForm
-from kvtier.errors import ConfigError
-from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
-from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
+from kvtier.connector.passes import EVERY_PASS, Pages
+from kvtier.gpu.copies import Copy
 from kvtier.gpu.ranges import PageMap
-from kvtier.trtllm.meta import EVERY_PASS, Pages
-from kvtier.trtllm.pool import Pool
 
 _log = logging.getLogger(__name__)
 
@@ -122,27 +118,6 @@ class Transfers(Protocol):
     def drain(self) -> None:
         """Wait for everything under way, and poll."""
         ...
-
-
-def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
-    """Return what moves the blocks of this pool from and to slots of this form.
-
-    Raises:
-        ConfigError: The GPU cannot take blocks apart here.
-    """
-    planes = form if isinstance(form, PlaneSlots) else None
-    mover: Mover
-    if pool.device.type != "cuda":
-        mover = HostPlanes(planes, pool.map) if planes else RawMover(pool.map, copy_on_host)
-        return HostTransfers(mover)
-    copies = CudaCopies(pool.device)
-    try:
-        mover = CudaPlanes(planes, pool.map, copies, pool.device) if planes else RawMover(pool.map, copies)
-    except Exception as error:
-        raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
-    loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-    saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-    return CudaTransfers(mover, loads, saves)
 
 
 def _try_save(mover: Mover, blocks: Blocks, stream: int) -> bool:

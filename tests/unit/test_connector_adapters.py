@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.trtllm import adapters as module
-from kvtier.trtllm.adapters import Adapters
+from kvtier.connector import adapters as module
+from kvtier.connector.adapters import Adapters
 from tests.trtllm_support import SIZE, FakeRequest, make_rig, memory_stores, write_config
 
 PROMPT = list(range(100, 100 + 5 * SIZE))

@@ -1,0 +1,1 @@
+"""What the connectors of all engines are made of: the shared store, slots, copies, hashes, identity."""
