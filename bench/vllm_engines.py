@@ -152,6 +152,8 @@ def run_table(
         plain.ask("timed", tokens=tokens)
         table.measure("vLLM's own prefix cache", plain, tokens, connector=False)
         table.measure("kvtier, cold", cached, tokens)
+        wait_for(cached, "saved")
+        table.measure("kvtier, from memory, while the agent writes", cached, tokens)
         # The agent's work on one prompt must not count for another.
         wait_for(cached, "written")
         table.measure("kvtier, from memory", cached, tokens)

@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from vllm_engines import BLOCK, FastServer, Node, new_prompt, run_table, wait_for
@@ -30,6 +31,17 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128),
 }
 """Hidden size, intermediate size, layers, heads, K/V heads, head size."""
+
+_OUTPUT = 64
+_START_SECONDS = 240.0
+_POOLS = {"1b": 2 << 30, "8b": 4 << 30}
+
+
+class CheckedEngine(EngineProcess):
+    """An engine that tells what its pool holds."""
+
+    module = "bench.vllm_checked"
+
 
 _WEIGHTS = """
 import sys, torch
@@ -89,25 +101,57 @@ def make_model(place: Path, shape: str, weights: bool) -> Path:
     return place
 
 
-def compare(plain: EngineProcess, cached: EngineProcess, seed: int) -> None:
-    """Compare outputs without kvtier, with it cold, and with it warm; with and without a shared prefix."""
+def compare(plain: CheckedEngine, cached: CheckedEngine, seed: int, prompts: int, longest: int) -> None:
+    """Compare outputs and KV bytes without kvtier, with it cold, and with it warm.
+
+    What vLLM's own prefix cache holds, kvtier loads: both compute the same rest in the same shapes, and
+    round alike. Computing all of the prompt has other shapes: vLLM's own cache may differ from that.
+    """
     rng = random.Random(seed)
-    shared = new_prompt(rng, 40 * BLOCK)
-    prompts = [[*shared, *new_prompt(rng, 100 + 37 * n)] for n in range(4)]
-    prompts += [new_prompt(rng, 700 + 111 * n) for n in range(4)]
-    equal = {"cold": 0, "warm": 0}
-    for tokens in prompts:
-        # vLLM's own cache has what kvtier has: what is computed has the same shapes, and the same rounding.
-        for state in equal:
-            expected = plain.generate([tokens], 16)
-            cached.ask("forget")
-            equal[state] += cached.generate([tokens], 16) == expected
-            wait_for(cached, "saved")
-    loaded = cached.ask("counts").get("loaded_tokens", 0)
-    print(
-        f"outputs equal to vLLM's without kvtier, of {len(prompts)}, cold to computed ones and warm to those"
-        f" from its own prefix cache: {equal}; {loaded} tokens loaded"
-    )
+    equal: Counter[str] = Counter()
+    for n in range(prompts):
+        tokens = new_prompt(rng, longest - n * (longest - 300) // prompts)
+        blocks = (len(tokens) - 1) // BLOCK
+        outputs, sums = {}, {}
+        for engine in (plain, cached):
+            engine.ask("forget")
+            outputs[engine, "cold"] = engine.ask("scored", tokens=tokens, max_tokens=_OUTPUT)
+            sums[engine, "cold"] = engine.ask("sums", blocks=blocks)
+            if engine is cached:
+                # What was finished last is saved with the next step.
+                cached.generate([new_prompt(rng, 8)], 1)
+                wait_for(cached, "saved")
+                cached.ask("forget")
+                cached.ask("scramble")
+            before = loaded(cached)
+            outputs[engine, "warm"] = engine.ask("scored", tokens=tokens, max_tokens=_OUTPUT)
+            sums[engine, "warm"] = engine.ask("sums", blocks=blocks)
+        equal["loaded in whole"] += loaded(cached) - before == blocks * BLOCK
+        for name, seen, (one, other) in (
+            ("bytes, loaded = saved", sums, ((cached, "warm"), (cached, "cold"))),
+            ("bytes, kvtier's engine = vLLM's", sums, ((cached, "cold"), (plain, "cold"))),
+            ("outputs, cold = vLLM's", outputs, ((cached, "cold"), (plain, "cold"))),
+            ("outputs, warm = vLLM's own prefix cache's", outputs, ((cached, "warm"), (plain, "warm"))),
+            ("outputs, warm = computed", outputs, ((cached, "warm"), (cached, "cold"))),
+            ("outputs, vLLM's own prefix cache's = computed", outputs, ((plain, "warm"), (plain, "cold"))),
+        ):
+            equal[name] += seen[one] == seen[other]
+            if seen[one] != seen[other]:
+                differing = [
+                    n for n, pair in enumerate(zip(seen[one], seen[other], strict=True)) if pair[0] != pair[1]
+                ]
+                print(
+                    f"{len(tokens)} tokens: {name}: not at {len(differing)} places from {differing[0]} on",
+                    flush=True,
+                )
+    print(f"Of {prompts} prompts, {_OUTPUT} tokens each with log probabilities:", flush=True)
+    for name, count in equal.items():
+        print(f"  {name}: {count}", flush=True)
+
+
+def loaded(engine: EngineProcess) -> int:
+    """Return how many tokens an engine has loaded so far."""
+    return int(engine.ask("counts").get("loaded_tokens", 0))
 
 
 def main() -> None:
@@ -121,6 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="9GiB")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--compared", type=int, default=8, help="prompts whose outputs are compared")
     arguments = parser.parse_args()
     begun = time.monotonic()
     os.environ.update(unpack(arguments.bundle) if arguments.bundle else {})
@@ -134,29 +179,30 @@ def main() -> None:
             "load_format": "auto" if arguments.weights else "dummy",
             "dtype": "bfloat16",
             "block_size": BLOCK,
-            "gpu_memory_utilization": 0.4,
+            # The engines start at the same time: neither may measure how much memory the other has left.
+            "gpu_memory_utilization": 0.1,
+            "kv_cache_memory_bytes": _POOLS[arguments.shape],
             "max_model_len": max(arguments.tokens) + 512,
             "max_num_batched_tokens": max(arguments.tokens) + 512,
         }
-        plain = EngineProcess(None, place / "plain.log", **options)
-        running = [plain]
+        plain = CheckedEngine(None, place / "plain.log", **options)
+        cached = CheckedEngine(config, place / "cached.log", node.environment, **options)
         try:
-            # One after the other: each looks how much of the GPU's memory is free.
-            plain.ask("ready")
-            cached = EngineProcess(config, place / "cached.log", node.environment, **options)
-            running.append(cached)
-            cached.ask("ready")
+            for engine in (plain, cached):
+                engine.tell("ready")
+            for engine in (plain, cached):
+                engine.answer(max(1.0, begun + _START_SECONDS - time.monotonic()))
             wait_for(cached, "attached")
             print(f"engines are up after {time.monotonic() - begun:.0f} s", flush=True)
             if arguments.weights:
-                compare(plain, cached, arguments.seed)
+                compare(plain, cached, arguments.seed, arguments.compared, max(arguments.tokens))
             run_table(node, plain, cached, arguments.tokens, arguments.rounds, arguments.seed).show(
                 "no cache"
             )
             print("counts:", json.dumps(cached.ask("counts")), flush=True)
         finally:
-            for engine in running:
-                engine.kill()
+            plain.kill()
+            cached.kill()
             node.stop()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -37,7 +38,13 @@ def prompt(seed: object, tokens: int, prefix: Sequence[int] = ()) -> list[int]:
 
 
 class EngineProcess:
-    """An engine; `ask` runs a function of `_Server` in it."""
+    """An engine; `ask` runs a method of `Server` in it.
+
+    Attributes:
+        module: What runs in it: this module, or one whose server can do more.
+    """
+
+    module = "tests.vllm.engine"
 
     def __init__(
         self, config: Path | None, log: Path, environment: dict[str, str] | None = None, **options: Any
@@ -53,7 +60,7 @@ class EngineProcess:
         self.log = log
         self._to, from_parent = _pipe()[::-1]
         from_child, to_parent = _pipe()
-        command = [sys.executable, "-m", "tests.vllm.engine", str(from_parent), str(to_parent)]
+        command = [sys.executable, "-m", self.module, str(from_parent), str(to_parent)]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*command, json.dumps({"config": config and str(config), "options": options})],
@@ -71,11 +78,13 @@ class EngineProcess:
         """Ask without waiting for the answer."""
         os.write(self._to, (json.dumps({"what": what, **arguments}) + "\n").encode())
 
-    def answer(self) -> Any:
-        """Return the answer to what was asked."""
-        line = self._from.readline()
+    def answer(self, seconds: float | None = None) -> Any:
+        """Return the answer to what was asked; in time, if a time is given."""
+        late = not select.select([self._from], [], [], seconds)[0]
+        line = "" if late else self._from.readline()
         if not line:
-            raise AssertionError("the engine has ended:\n" + self.log.read_text()[-6000:])
+            what = f"says nothing for {seconds:.0f} s" if late else "has ended"
+            raise AssertionError(f"the engine {what}:\n{self.log.read_text()[-6000:]}")
         return json.loads(line)
 
     def ask(self, what: str, **arguments: Any) -> Any:
@@ -102,7 +111,9 @@ def _pipe() -> tuple[int, int]:
     return os.pipe()
 
 
-class _Server:
+class Server:
+    """The engine, and what can be asked of it."""
+
     def __init__(self, config: str | None, options: dict[str, Any]) -> None:
         from vllm import LLM
 
@@ -212,9 +223,10 @@ class _Server:
         }
 
 
-def main() -> None:
+def main(kind: type[Server] = Server) -> None:
+    """Serve what is asked over the pipes that the command line names."""
     asked, answers = os.fdopen(int(sys.argv[1]), "r"), os.fdopen(int(sys.argv[2]), "w")
-    server = _Server(**json.loads(sys.argv[3]))
+    server = kind(**json.loads(sys.argv[3]))
     for line in asked:
         arguments = json.loads(line)
         print(json.dumps(getattr(server, arguments.pop("what"))(**arguments)), file=answers, flush=True)
