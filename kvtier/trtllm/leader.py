@@ -136,7 +136,8 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             windows = ready is not None and any(group.window is not None for group in ready.groups)
             behind = self._running.begin(scheduler_output, windows)
             promised, grown = self._advance(scheduler_output)
-            loads = tuple([self._keep_promise(state, ready) for state in promised])
+            kept = [self._keep_promise(state, ready) for state in promised]
+            loads = tuple([load for load in kept if load is not None])
         except Exception as error:
             if isinstance(error, BrokenPromise) or self._requests.promised():
                 raise BrokenPromise(f"promised blocks cannot be loaded: {error}") from error
@@ -164,6 +165,30 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
     ) -> bool:
         """Do the same with one list of pages for each layer group."""
         return self._finish(request, [list(pages) for pages in cache_block_ids_by_layer_group])
+
+    @shielded(lambda: None)
+    def cancel_load(self, request: Any, start: int, end: int) -> None:
+        """Take back the part of a promise that the engine will not use (main).
+
+        Args:
+            request: The engine's request.
+            start: First token of the prompt that is not going to be loaded.
+            end: The token after the last one.
+        """
+        state, ready = self._requests.hear(request.request_id), self._runtime.ready
+        if state is None or state.promise is None or ready is None:
+            return
+        state.promise.cut(start, end, state.tokens_per_block)
+        if not state.promise.slots:
+            self._drop_promise(state, ready)
+
+    @shielded(lambda: None)
+    def request_reset(self, request: Any) -> None:
+        """Forget a request whose pages were taken away, and that will run again from its start (main)."""
+        state, ready = self._requests.pop(request.request_id), self._runtime.ready
+        if state is not None and ready is not None:
+            self._drop_promise(state, ready)
+            self._offers.drop(state, ready.store)
 
     def stats(self) -> Mapping[str, int | float]:
         """Return this leader's counters, and the store's as `store_...`."""
@@ -245,8 +270,8 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
                     grown.append((data.request_id, state, blocks))
         return promised, grown
 
-    def _keep_promise(self, state: RequestState, ready: Ready | None) -> Load:
-        """Turn a promise into the order to load it.
+    def _keep_promise(self, state: RequestState, ready: Ready | None) -> Load | None:
+        """Turn a promise into the order to load it; None if its lease is over and the engine took none of it.
 
         All of it is loaded where there are pages, even if the engine honours less: the rest of the pages are
         this request's own, and what is not honoured is computed later, over the same content. A group that
@@ -262,6 +287,9 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         blocks = range(promise.first, promise.first + len(promise.slots))
         until = ready.store.hold(promise.lease)
         if not until:
+            if state.computed <= promise.first * state.tokens_per_block:
+                self._drop_promise(state, ready)
+                return None
             promise = self._promise_again(state, promise, ready)
             until = ready.store.hold(promise.lease)
             if not until:

@@ -114,6 +114,18 @@ class Promise:
     first: int
     slots: tuple[int, ...]
 
+    def cut(self, start: int, end: int, tokens_per_block: int) -> None:
+        """Leave out the blocks at the head or the tail that lie in tokens `[start, end)` as a whole.
+
+        From the middle nothing is taken: to load more than is used does no harm.
+        """
+        head, tail = -(-start // tokens_per_block) - self.first, end // tokens_per_block - self.first
+        if head <= 0:
+            cut = min(max(tail, 0), len(self.slots))
+            self.first, self.slots = self.first + cut, self.slots[cut:]
+        elif tail >= len(self.slots):
+            self.slots = self.slots[:head]
+
 
 @dataclass(slots=True)
 class RequestState:

@@ -498,6 +498,49 @@ def test_rule_16_a_promise_is_kept_in_a_later_iteration_than_asked(rig, late):
     assert rig.leftovers()["leases"] == 0
 
 
+def test_rule_16_what_the_engine_cancels_of_an_offer_is_not_loaded_and_not_kept(rig):
+    rig.version = "main"
+    rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+    before = rig.leftovers()
+    for request_id, (start, end), left in [
+        (2, (0, 5 * SIZE), range(0)),
+        (3, (0, 2 * SIZE), range(2, 5)),
+        (4, (3 * SIZE, 5 * SIZE), range(3)),
+        (5, (5 * SIZE, 5 * SIZE + 1), range(5)),
+        (6, (2 * SIZE, 3 * SIZE), range(5)),
+        (7, (2 * SIZE - 1, 6 * SIZE), range(2)),
+    ]:
+        request = FakeRequest(request_id, [*PROMPT, 7])
+        rig.leader.get_num_new_matched_tokens(request, 0)
+        rig.leader.cancel_load(request, start, end)
+        assert rig.leftovers()["leases"] == bool(left)
+        request.py_num_connector_matched_tokens = len(left) * SIZE
+        pages = list(range(6, 12))
+        for page in pages:
+            rig.fill(page, "own")
+        position = left.start * SIZE if left else 0
+        data = rig.data(request, request.tokens, pages, position, 1, new_block_ids_by_layer_group=[pages])
+        rig.iterate(new=[data])
+        for block in range(5):
+            assert rig.holds(6 + block, (None, PROMPT[: (block + 1) * SIZE]) if block in left else "own")
+        rig.leader.request_reset(request)
+        assert rig.leftovers() == before
+    rig.leader.cancel_load(FakeRequest(99, PROMPT), 0, SIZE)
+
+
+def test_rule_16_of_a_request_that_was_reset_nothing_stays(rig):
+    rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+    before = rig.leftovers()
+    request = FakeRequest(2, [*PROMPT, 7])
+    rig.leader.get_num_new_matched_tokens(request, 0)
+    assert rig.leftovers()["leases"] == 1
+    rig.leader.request_reset(request)
+    assert rig.leftovers() == before
+    # It runs again without being asked about, on other pages.
+    rig.leader.update_state_after_alloc(request, list(range(12, 18)))
+    assert rig.iterate(new=[rig.data(request, request.tokens, range(12, 18), 0, 21)]).loads == ()
+
+
 def test_rule_17_ranks_in_other_processes_are_not_half_supported(monkeypatch):
     with memory_stores(monkeypatch, slots=8) as opened:
         arguments = llm_args(tensor_parallel_size=2)
@@ -591,6 +634,22 @@ def test_a_promise_that_cannot_be_kept_stops_the_engine(monkeypatch):
         rig.prefill(FakeRequest(3, [t + 5000 for t in PROMPT]), range(12, 17))
         with pytest.raises(BrokenPromise, match="lost their lease"):
             rig.begin(new=[rig.data(request, request.tokens, range(6, 12), 0, 1)])
+
+
+def test_a_promise_that_is_gone_and_that_the_engine_took_nothing_of_stops_nobody(monkeypatch):
+    now = [0.0]
+    with memory_stores(monkeypatch, slots=5, clock=lambda: now[0]):
+        rig = make_rig("main")
+        rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
+        request = FakeRequest(2, [*PROMPT, 7], py_num_connector_matched_tokens=0)
+        rig.leader.get_num_new_matched_tokens(request, 0)
+        pages = list(range(6, 12))
+        rig.leader.update_state_after_alloc(request, pages)
+        now[0] = 1000.0
+        rig.prefill(FakeRequest(3, [t + 5000 for t in PROMPT]), range(12, 17))
+        data = rig.data(request, request.tokens, pages, 0, 21, new_block_ids_by_layer_group=[pages])
+        assert rig.iterate(new=[data]).loads == ()
+        assert rig.leftovers()["leases"] == 0
 
 
 def test_a_promise_with_a_page_outside_the_pool_stops_the_engine(rig):
