@@ -79,6 +79,7 @@ class CacheManager:
             taken = min(offered, room)
             if self._config.honour_blocks is not None:
                 taken = min(taken, self._config.honour_blocks * self._tokens_per_block)
+        self._connector.cancel(sequence, local + taken, local + offered)
         self._connector.accept(sequence, taken, asynchronous)
         self._reporter.matched(sequence, taken)
         return taken, asynchronous
@@ -133,6 +134,13 @@ class CacheManager:
             full = min(sequence.valid, len(sequence.tokens)) // self._tokens_per_block
             for block, key in zip(sequence.blocks, sequence.keys(full, self._tokens_per_block), strict=False):
                 self.pool.register(block, key)
+
+    def pause(self, sequence: Sequence) -> None:
+        """Take the blocks of a request away that will run again from its start."""
+        self.commit(sequence)
+        self.release(sequence)
+        if self._connector is not None:
+            self._connector.paused(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Take a request's blocks away; what was committed is kept for reuse until its pages are needed."""

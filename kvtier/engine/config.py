@@ -38,6 +38,8 @@ class EngineConfig:
         num_groups: Layer groups under "groups", each with a page-index space of its own.
         window: Under "groups", the attention window in tokens of the last group's layers, or None.
         honour_blocks: Under "groups", take at most so many offered blocks; None: as the first chunk holds.
+        tell_unused: Under "groups", tell the leader what of an offer is not taken (`cancel_load`) and which
+            requests are paused (`request_reset`), as main does since September 2026.
         graph_decode: Leave the per-layer hooks out of pure generation steps, as a replayed graph does.
         announce_cancelled: Call `request_finished` also for cancelled and failed requests that have pages, as
             some builds of 1.2 do. Not all of their pages are computed.
@@ -59,6 +61,7 @@ class EngineConfig:
     num_groups: int = 2
     window: int | None = None
     honour_blocks: int | None = None
+    tell_unused: bool = False
     graph_decode: bool = False
     announce_cancelled: bool = False
     poison: bool = True

@@ -106,6 +106,16 @@ class Connector:
         if asynchronous:
             self._loading.begin(sequence)
 
+    def cancel(self, sequence: Sequence, start: int, end: int) -> None:
+        """Say which tokens of an offer are not going to be used, on builds that do."""
+        if self._config.tell_unused and start < end:
+            self.leader.cancel_load(self.view(sequence), start, end)
+
+    def paused(self, sequence: Sequence) -> None:
+        """Say that a request has lost its pages and will run again, on builds that do."""
+        if self._config.tell_unused:
+            self.leader.request_reset(self.view(sequence))
+
     def allocated(self, sequence: Sequence) -> None:
         """Tell the leader which pages the request has."""
         pages = [sequence.pages(group) for group in range(sequence.num_groups)]

@@ -108,8 +108,7 @@ class Scheduler:
     def pause(self, sequence: Sequence) -> None:
         """Take a running request's pages away and replay it as a new one later."""
         self.pauses += 1
-        self._cache.commit(sequence)
-        self._cache.release(sequence)
+        self._cache.pause(sequence)
         self._reporter.forget(sequence)
         sequence.state = State.WAITING
         self.active.remove(sequence)

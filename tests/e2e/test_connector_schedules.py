@@ -81,6 +81,7 @@ def random_config(rng: random.Random, version: str, layout: str, overlap: bool) 
             "num_groups": rng.choice([1, 2, 3]),
             "window": rng.choice([None, 10, 20, 50]),
             "honour_blocks": rng.choice([None, None, 0, 1, 2]),
+            "tell_unused": rng.choice([False, True]),
         }
     return EngineConfig(
         num_blocks=rng.choice([18, 30, 200]),
