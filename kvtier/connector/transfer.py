@@ -63,14 +63,16 @@ class Mover(Protocol):
 class RawMover:
     """Moves blocks as they are, with one call for `BATCH` of them: few passes have more."""
 
-    def __init__(self, pool_map: PageMap, copy: Copy) -> None:
+    def __init__(self, pool_map: PageMap, copy: Copy, loads: PageMap | None = None) -> None:
+        """Take what is copied, by what, and what is loaded if that is more than is saved."""
         self._map = pool_map
+        self._loads = loads or pool_map
         self._copy = copy
 
     def load(self, blocks: Blocks, stream: int) -> None:
         """Copy slots to pages; see `Mover.load`."""
         for batch in _batches(blocks):
-            pool, host, sizes = self._map.ranges(*batch, whole=False)
+            pool, host, sizes = self._loads.ranges(*batch, whole=False)
             self._copy(pool, host, sizes, stream)
 
     def save(self, blocks: Blocks, stream: int) -> None:

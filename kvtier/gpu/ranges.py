@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from copy import copy
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -46,24 +47,43 @@ class Ranges(NamedTuple):
 
 
 class PageMap:
-    """How blocks lie in a pool: a block is the concatenation of its pages' regions, in the order given.
+    """How blocks lie in a pool: a block is its pages' regions, one after the other if nothing else is said.
 
     Attributes:
         block_bytes: Bytes of a block, all its regions.
         sparse: Whether a block may lack the page of a group.
     """
 
-    def __init__(self, regions: Sequence[Region], groups: int, *, sparse: bool = False) -> None:
-        """Take the regions of pages of `groups` groups."""
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        groups: int,
+        *,
+        sparse: bool = False,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        """Take the regions of pages of `groups` groups.
+
+        Args:
+            regions: The regions.
+            groups: How many groups of pages there are.
+            sparse: See the attribute.
+            starts: Where each region's bytes begin in host memory, from a block's address on, also before it;
+                None: one after the other.
+        """
         self.sparse = sparse
-        regions = [region for region in regions if region.size]
+        if starts is None:
+            starts = [0, *accumulate(region.size for region in regions)][:-1]
+        kept = [(region, start) for region, start in zip(regions, starts, strict=True) if region.size]
+        regions = [region for region, _ in kept]
         self._groups = groups
         self._group = np.array([region.group for region in regions])
         self._pages = np.array([region.pages for region in regions], dtype=np.int64)
         self._base = np.array([region.base for region in regions], dtype=np.uint64)
         self._stride = np.array([region.stride for region in regions], dtype=np.uint64)
         self._size = np.array([region.size for region in regions], dtype=np.uint64)
-        self._start = (np.cumsum(self._size) - self._size).astype(np.uint64)
+        # A negative start is a large one here; its sum with an address wraps around to what is meant.
+        self._start = np.array([start for _, start in kept], dtype=np.int64).astype(np.uint64)
         self.block_bytes = int(self._size.sum())
 
     def ranges(
@@ -87,6 +107,26 @@ class PageMap:
         found = Ranges(pool[kept], host[kept], sizes[kept])
         # Regions may lie in allocations of their own, which one copy must not span.
         return _joined(found) if len(self._size) == 1 else found
+
+    def part(self, start: int, stop: int) -> PageMap:
+        """Return the map of some bytes of each block, which lie in host memory where they are in the block.
+
+        Args:
+            start: The first byte of each block.
+            stop: The byte after the last.
+        """
+        part = copy(self)
+        starts = self._start.astype(np.int64)
+        firsts = np.clip(starts, start, stop)
+        ends = np.clip(starts + self._size.astype(np.int64), start, stop)
+        kept = ends > firsts
+        skipped = (firsts - starts).astype(np.uint64)
+        part._group, part._pages, part._stride = self._group[kept], self._pages[kept], self._stride[kept]
+        part._base = (self._base + skipped)[kept]
+        part._start = firsts.astype(np.uint64)[kept]
+        part._size = (ends - firsts).astype(np.uint64)[kept]
+        part.block_bytes = int(part._size.sum())
+        return part
 
     def is_plain(self, alignment: int) -> bool:
         """Say whether every block is one range, without a page lacking, at a multiple of `alignment`."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from kvtier.codec import PlaneSlots, SlotForm
-from kvtier.connector.transfer import CudaTransfers, HostTransfers, Mover, RawMover, Transfers
+from kvtier.connector.transfer import CudaTransfers, HostTransfers, Layers, Mover, RawMover, Transfers
 from kvtier.errors import ConfigError
-from kvtier.gpu.copies import CudaCopies, copy_on_host
+from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
 from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
 from kvtier.trtllm.pool import Pool
+
+PARTS = 4
+"""Of a load by layer. Each of them costs the engine's thread as much as a whole load."""
 
 
 def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
@@ -21,13 +26,30 @@ def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
     planes = form if isinstance(form, PlaneSlots) else None
     mover: Mover
     if pool.device.type != "cuda":
-        mover = HostPlanes(planes, pool.map) if planes else RawMover(pool.map, copy_on_host)
+        mover = HostPlanes(planes, pool.map) if planes else RawMover(pool.map, copy_on_host, pool.loads)
         return HostTransfers(mover)
     copies = CudaCopies(pool.device)
     try:
-        mover = CudaPlanes(planes, pool.map, copies, pool.device) if planes else RawMover(pool.map, copies)
+        mover = (
+            CudaPlanes(planes, pool.map, copies, pool.device)
+            if planes
+            else RawMover(pool.map, copies, pool.loads)
+        )
     except Exception as error:
         raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
     loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-    return CudaTransfers(mover, loads, saves)
+    return CudaTransfers(mover, loads, saves, () if planes else layer_parts(pool, copies))
+
+
+def layer_parts(pool: Pool, copy: Copy) -> list[Layers]:
+    """Return how the blocks of a pool are loaded by layer; nothing where layers do not lie one by one."""
+    if pool.layout.kind != "flat":
+        return []
+    layers, size = pool.layout.layers, pool.layout.shard_bytes // pool.layout.layers
+    firsts = [layers * part // PARTS for part in range(PARTS + 1)]
+    return [
+        Layers(stop - start, RawMover(pool.map.part(start * size, stop * size), copy))
+        for start, stop in pairwise(firsts)
+        if start < stop
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import torch
@@ -40,14 +41,18 @@ class Pool(Protocol):
         groups: The spaces of page ids, in the order of `Pages`.
         device: Where the bytes lie.
         signature: What else tells this arrangement from another, plain JSON data.
-        map: Where blocks lie; the pool keeps the memory alive.
+        replicated: Whether all ranks hold the same bytes, as with MLA, whose latents have no heads to split.
+        map: Where that part of a block lies that this rank saves; the pool keeps the memory alive.
+        loads: Where that part lies that this rank loads; its host memory counts from where `map`'s does.
     """
 
     layout: BlockLayout
     groups: tuple[PageGroup, ...]
     device: torch.device
     signature: dict[str, Any]
+    replicated: bool
     map: PageMap
+    loads: PageMap
 
 
 class FlatPool:
@@ -67,17 +72,22 @@ class FlatPool:
         )
         self.groups: tuple[PageGroup, ...] = (PageGroup(0),)
         self.device = tensor.device
-        self.signature = {"kind": "flat"}
+        self.signature: dict[str, Any] = {"kind": "flat"}
+        self.replicated = kv_factor == 1
         self._memory = tensor.detach()
         size = self.layout.shard_bytes
-        self.map = PageMap([Region(0, tensor.data_ptr(), size, size, tensor.shape[0])], 1)
+        self.map = self.loads = PageMap([Region(0, tensor.data_ptr(), size, size, tensor.shape[0])], 1)
 
 
 class GroupPool:
-    """Pages in several layer groups; a block is the concatenation of its pages' regions, group by group."""
+    """Pages in several layer groups; a block is the concatenation of its pages' regions, group by group.
 
-    def __init__(self, description: Any, engine: EngineFacts) -> None:
-        """Read the engine's description of its pools.
+    Regions that are equal on all ranks are stored once: each rank saves its share of their bytes behind its
+    own, and loads everybody's.
+    """
+
+    def __init__(self, description: Any, engine: EngineFacts, rank: int = 0) -> None:
+        """Read the engine's description of its pools, for one of its ranks.
 
         Raises:
             LayoutError: The pools are refused; the message says why.
@@ -89,19 +99,37 @@ class GroupPool:
             PageGroup(int(group.layer_group_id), as_int(dig(group, "window_size"))) for group in described
         )
         self._memory: list[torch.Tensor] = []
+        own, equal = self._regions(described, "regions"), self._regions(described, "replicated_regions")
+        self.device = self._memory[0].device
+        layout = _group_layout(described, _size(own), tokens_per_block, dig(description, "dtype"), engine)
+        self.replicated = _is_latent(described, layout, engine)
+        share, odd = divmod(_size(equal), engine.ranks)
+        if self.replicated or odd:
+            own, equal, share = own + equal, [], 0
+        size = _size(own) + share
+        if size != layout.shard_bytes:
+            layout = BlockLayout("uint8", tokens_per_block, 1, 1, size, kind="groups")
+        self.layout = layout
+        self.signature = {"kind": "groups", "groups": [_group_signature(group) for group in described]}
+        shares = [_cut(equal, other * share, share) for other in range(engine.ranks)]
+        # Shards lie side by side in a slot, and each ends with its rank's share.
+        starts = _one_by_one(own, 0)
+        for other, regions in enumerate(shares):
+            starts += _one_by_one(regions, (other - rank) * size + _size(own))
+        count = len(described)
+        self.map = PageMap([*own, *shares[rank]], count, sparse=True)
+        self.loads = PageMap([*own, *chain.from_iterable(shares)], count, sparse=True, starts=starts)
+
+    def _regions(self, described: Sequence[Any], kind: str) -> list[Region]:
+        """Return the regions of one kind of all groups, and keep their memory."""
         regions = []
         for index, group in enumerate(described):
-            for region in (*group.regions, *(dig(group, "replicated_regions") or ())):
+            for region in dig(group, kind) or ():
                 rows = _region_rows(region)
                 self._memory.append(rows)
                 pages, size = rows.shape
                 regions.append(Region(index, rows.data_ptr(), rows.stride(0), size, pages))
-        self.map = PageMap(regions, len(described), sparse=True)
-        self.device = self._memory[0].device
-        self.layout = _group_layout(
-            described, self.map.block_bytes, tokens_per_block, dig(description, "dtype"), engine
-        )
-        self.signature = {"kind": "groups", "groups": [_group_signature(group) for group in described]}
+        return regions
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -198,22 +226,53 @@ def _region_rows(region: Any) -> torch.Tensor:
     return whole.as_strided((slots, size), (stride, 1))
 
 
+def _size(regions: Sequence[Region]) -> int:
+    """Return the bytes of one page of all regions."""
+    return sum(region.size for region in regions)
+
+
+def _one_by_one(regions: Sequence[Region], first: int) -> list[int]:
+    """Return where regions begin that stand one after the other from `first` on."""
+    return list(accumulate((region.size for region in regions), initial=first))[:-1]
+
+
+def _cut(regions: Sequence[Region], start: int, length: int) -> list[Region]:
+    """Return the regions of some of the bytes of a page, those from `start` on."""
+    cut = []
+    for region, first in zip(regions, _one_by_one(regions, 0), strict=True):
+        skip, end = max(0, start - first), min(region.size, start + length - first)
+        if skip < end:
+            cut.append(region._replace(base=region.base + skip, size=end - skip))
+    return cut
+
+
+def _buffers(described: Sequence[Any]) -> list[Any]:
+    """Return the buffers that differ from rank to rank."""
+    return [
+        buffer for group in described for region in group.regions for buffer in dig(region, "buffers") or ()
+    ]
+
+
+def _is_latent(described: Sequence[Any], layout: BlockLayout, engine: EngineFacts) -> bool:
+    """Say whether what may differ from rank to rank is certain to be MLA's latents alone, which do not."""
+    roles = {str(buffer.role) for buffer in _buffers(described)}
+    row = (engine.latent_elements or 0) * layout.tokens_per_block
+    return roles == {"key"} and layout.kv_factor == 1 and layout.row_elements == row
+
+
 def _group_layout(
     described: Sequence[Any], size: int, tokens_per_block: int, dtype: object, engine: EngineFacts
 ) -> BlockLayout:
     """Describe a page as rows of keys and values if it is nothing else, as plain bytes if it is not."""
     name = _element_type(dtype, engine)
-    buffers = [
-        buffer for group in described for region in group.regions for buffer in dig(region, "buffers") or ()
-    ]
+    buffers = _buffers(described)
     roles = sorted({str(buffer.role) for buffer in buffers})
     uniform = all(
         int(region.size) * len(buffers) == size * len(dig(region, "buffers") or ())
         for group in described
         for region in group.regions
     )
-    replicated = any(dig(group, "replicated_regions") for group in described)
-    if name and uniform and not replicated and roles in (["key", "value"], ["key"]) and buffers:
+    if name and uniform and roles in (["key", "value"], ["key"]) and buffers:
         layers, rest = divmod(len(buffers), len(roles))
         row, odd = divmod(size, len(buffers) * ITEM_BYTES[name])
         if not rest and not odd:
@@ -234,12 +293,17 @@ def _element_type(dtype: object, engine: EngineFacts) -> str | None:
 
 
 def _group_signature(group: Any) -> dict[str, Any]:
-    regions = (*group.regions, *(dig(group, "replicated_regions") or ()))
-    return {
+    signature = {
         "layers": [int(layer) for layer in dig(group, "layer_ids") or ()],
         "window": as_int(dig(group, "window_size")),
-        "regions": [
-            [int(region.size), [[int(b.layer_id), str(b.role)] for b in dig(region, "buffers") or ()]]
-            for region in regions
-        ],
+        "regions": _region_signature(group.regions),
     }
+    replicated = dig(group, "replicated_regions")
+    return {**signature, "replicated": _region_signature(replicated)} if replicated else signature
+
+
+def _region_signature(regions: Sequence[Any]) -> list[Any]:
+    return [
+        [int(region.size), [[int(b.layer_id), str(b.role)] for b in dig(region, "buffers") or ()]]
+        for region in regions
+    ]

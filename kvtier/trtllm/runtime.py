@@ -255,11 +255,8 @@ class Runtime:
         return engine.namespace(layout, pool.signature), layout
 
     def replicated(self, pool: Pool) -> bool:
-        """Say whether all ranks hold the same bytes, so that one of them saves for all.
-
-        That is so for MLA, whose latents have no heads to split. A store in the process knows only shards.
-        """
-        return self._by_agent and pool.layout.kind == "flat" and pool.layout.kv_factor == 1
+        """Say whether one rank saves for all. A store in the process knows only shards."""
+        return self._by_agent and pool.replicated
 
     def _open(self, opening: Callable[[], SharedStore]) -> SharedStore | None:
         try:

@@ -20,6 +20,7 @@ from kvtier.connector.slots import SlotAddresses
 from kvtier.connector.transfer import Blocks, Transfers
 from kvtier.store.base import StoreClient, ticket_slot
 from kvtier.trtllm.fields import as_int, dig
+from kvtier.trtllm.hooks import LayerHooks
 from kvtier.trtllm.interface import KvCacheConnectorWorker, rank_here
 from kvtier.trtllm.meta import ConnectorMeta, Load, Save
 from kvtier.trtllm.movers import transfers_for
@@ -54,6 +55,10 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._pool: Pool | None = None
         self._transfers: Transfers | None = None
         self._slots = SlotAddresses()
+        self._hooks = LayerHooks(llm_args)
+        # Whether the present pass loads by layer, and why nothing more may come of this engine.
+        self._by_layer = False
+        self._broken: BrokenPromise | None = None
         self._loads: tuple[Load, ...] = ()
         self._saves: tuple[Save, ...] = ()
         # Number of the pass that is bound, and of the last one whose saves must come before it.
@@ -78,7 +83,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             LayoutError: The pools are of a kind that kvtier refuses.
             ConfigError: The store cannot be opened as configured.
         """
-        self._register(GroupPool(layout, self._runtime.engine))
+        self._register(GroupPool(layout, self._runtime.engine, self._rank))
 
     def bind_connector_meta(self, metadata: object) -> None:
         """Take the orders of the coming iteration; what was not done of the former ones is given up."""
@@ -101,9 +106,13 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             BrokenPromise: A block cannot be delivered.
         """
         loads, self._loads = self._loads, ()
+        self._stop_if_broken()
         self._poll()
         try:
             if self._transfers is not None:
+                # A pass that failed in the middle has not waited for its last layers.
+                self._transfers.settle(stream)
+                self._by_layer = False
                 self._transfers.order(stream, self._behind)
                 self._behind = 0
             if loads:
@@ -116,16 +125,25 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             raise
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
-        """Do nothing: the loads stand in front of the whole pass on its stream."""
+        """Let the layer wait for what is loaded of it; else the loads stand in front of the whole pass."""
+        if self._hooks.watching:
+            self._hooks.ran(layer_idx)
+            if self._by_layer and self._transfers is not None:
+                self._transfers.wait_layer(layer_idx, stream)
 
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """Do nothing: whole blocks are saved after the pass; CUDA graphs do not even run this hook."""
 
     @shielded(lambda: None)
     def wait_for_save(self, stream: Any) -> None:
-        """Start copying whole blocks to the arena, behind the forward pass."""
+        """Start copying whole blocks to the arena, behind the forward pass.
+
+        Raises:
+            BrokenPromise: Layers were computed without having been waited for.
+        """
         saves, self._saves = self._saves, ()
         self._stream = stream
+        self._end_watch(stream)
         if saves:
             self._save(saves, lambda: None, self._number)
 
@@ -135,7 +153,11 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """Start saving the last blocks of finished requests; return those whose copies have ended.
 
         Loads are never asynchronous, so an id that comes as loading has nothing to wait for.
+
+        Raises:
+            BrokenPromise: An earlier pass has read what was not loaded yet.
         """
+        self._stop_if_broken()
         for request_id in finished_gen_req_ids:
             self._save_tail(request_id)
         self._poll()
@@ -165,6 +187,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         # The store opens slots of the same form, and an agent that has others lets nobody in.
         form = slot_form(pool.layout, self._runtime.config.memory.format)
         self._pool, self._transfers = pool, transfers_for(pool, form)
+        self._hooks.forget()
+        self._by_layer = False
         self._runtime.register(self._rank, pool)
 
     @shielded(lambda: None)
@@ -206,8 +230,33 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         until = min(load.until for load in loads)
         done = partial(self._loaded, store, [load.lease for load in loads], len(blocks), until)
         self._check(until)
-        self._transfers.load(stream, self._with_addresses(store, blocks), done)
+        layers = self._transfers.layers
+        self._by_layer = self._hooks.certain(layers)
+        load = self._transfers.load_by_layer if self._by_layer else self._transfers.load
+        load(stream, self._with_addresses(store, blocks), done)
+        self._hooks.begin(layers)
         self._check(until)
+
+    def _end_watch(self, stream: Any) -> None:
+        """See whether the pass has waited for each layer that it loaded.
+
+        Raises:
+            BrokenPromise: It has not, although that was certain. Its requests end with an error, and the engine
+                with the next call that ends its loop: its pages may hold wrong KV, and be reused.
+        """
+        if not self._hooks.watching:
+            return
+        complete, by_layer = self._hooks.end(), self._by_layer
+        self._by_layer = False
+        if by_layer and self._transfers is not None:
+            self._transfers.settle(stream)
+            if not complete:
+                self._broken = BrokenPromise("a pass has not run the hooks of all its layers, as others did")
+                self._stop_if_broken()
+
+    def _stop_if_broken(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
     def _loaded(
         self, store: StoreClient, leases: Sequence[int], blocks: int, until: float, _made: bool
