@@ -163,14 +163,14 @@ class RequestState:
             computed: Tokens whose KV was there before, by the engine's count.
             scheduled: Tokens of the step.
             drafts: Those among them that may be rejected. With drafts the engine's count runs ahead, too; a
-                token that was sampled proves that all before it were computed.
+                token that was sampled proves that all before it were computed, though after a pause they
+                have to be computed again.
         """
+        self.valid = computed + scheduled
         if drafts or self.drafted:
             self.drafted = True
-            prompt = min(computed + scheduled, self.request.num_prompt_tokens)
-            self.valid = max(prompt, self.see_tokens() - 1)
-        else:
-            self.valid = computed + scheduled
+            certain = max(self.request.num_prompt_tokens, self.see_tokens() - 1)
+            self.valid = min(self.valid, certain)
 
     def origins(self, sources: Mapping[str, int]) -> dict[str, int]:
         """Return where blocks came from that a lookup found in the end.

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
 from kvtier.connector.adapters import Adapters
-from kvtier.vllm.request import Identity
+from kvtier.vllm.request import Identity, RequestState
 
 
 def request(path: Path | None = None, number: int = 1, **given: Any) -> Any:
@@ -59,3 +59,32 @@ def test_requests_are_left_alone_until_their_adapter_is_read(tmp_path: Path) -> 
     asked = request(adapter(tmp_path / "a", b"one"))
     assert Identity.of(asked, adapters) is None
     assert read(adapters, asked).lora is not None
+
+
+def advanced(state: RequestState, computed: int, scheduled: int, drafts: list[int] | None = None) -> int:
+    state.advance(computed, scheduled, drafts)
+    state.pages = list(range(100))
+    return state.savable()
+
+
+def test_drafts_are_not_saved_before_they_are_accepted() -> None:
+    asked = request(all_token_ids=list(range(40)), num_prompt_tokens=40)
+    state = RequestState(asked, Identity(), b"", 8)
+    assert advanced(state, 0, 40) == 5
+    asked.all_token_ids.append(40)
+    assert advanced(state, 40, 8, [1] * 7) == 5
+    # Four drafts and the token after them were accepted: of 46 tokens the last is not computed yet.
+    asked.all_token_ids.extend(range(41, 46))
+    assert advanced(state, 45, 8, [1] * 7) == 5
+    asked.all_token_ids.extend(range(46, 49))
+    assert advanced(state, 48, 8, [1] * 7) == 6
+
+
+def test_after_a_pause_tokens_count_only_when_they_are_computed_again() -> None:
+    asked = request(all_token_ids=list(range(72)), num_prompt_tokens=16)
+    state = RequestState(asked, Identity(), b"", 8)
+    assert advanced(state, 70, 4, [1] * 3) == 8
+    # Paused, its pages gone, then taken up again in pieces that end inside of a block.
+    assert advanced(state, 0, 20) == 2
+    assert advanced(state, 20, 20) == 5
+    assert advanced(state, 40, 32) == 8
