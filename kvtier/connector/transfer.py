@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +21,11 @@ from kvtier.gpu.ranges import PageMap
 _log = logging.getLogger(__name__)
 
 
-BATCH = 512
-"""Blocks that are copied while the next ones are thought about."""
+BATCHES = (32, 64, 128, 256, 512)
+"""Blocks of the first batches, and of all that follow.
+
+Copies begin soon, and go on while the addresses of the next batch are made.
+"""
 
 
 class Blocks(NamedTuple):
@@ -61,7 +65,7 @@ class Mover(Protocol):
 
 
 class RawMover:
-    """Moves blocks as they are, with one call for `BATCH` of them: few passes have more."""
+    """Moves blocks as they are, a batch of them with one call."""
 
     def __init__(self, pool_map: PageMap, copy: Copy, loads: PageMap | None = None) -> None:
         """Take what is copied, by what, and what is loaded if that is more than is saved."""
@@ -83,12 +87,34 @@ class RawMover:
 
 
 def _batches(blocks: Blocks) -> Iterator[Blocks]:
-    for first in range(0, len(blocks.slots), BATCH):
-        yield Blocks(blocks.slots[first : first + BATCH], blocks.pages[first : first + BATCH])
+    first = 0
+    for size in chain(BATCHES, repeat(BATCHES[-1])):
+        if first >= len(blocks.slots):
+            return
+        yield Blocks(blocks.slots[first : first + size], blocks.pages[first : first + size])
+        first += size
+
+
+class Layers(NamedTuple):
+    """Some of the layers that blocks consist of.
+
+    Attributes:
+        layers: How many follow those of the parts before.
+        mover: Loads their part of blocks.
+    """
+
+    layers: int
+    mover: Mover
 
 
 class Transfers(Protocol):
-    """Moves blocks, and knows when. None of the methods waits for the GPU, except `drain`."""
+    """Moves blocks, and knows when. None of the methods waits for the GPU, except `drain`.
+
+    Attributes:
+        layers: The layers that `load_by_layer` tells apart; 0 where it can tell none.
+    """
+
+    layers: int
 
     def order(self, stream: Any, behind: int) -> None:
         """Let what comes next on `stream` happen after the saves of all passes up to `behind`."""
@@ -98,8 +124,22 @@ class Transfers(Protocol):
         """Copy slots to pages after what is on `stream`, before whatever follows on it; errors are raised."""
         ...
 
+    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        """Copy slots to pages after what is on `stream`; nothing may read a layer before `wait_layer`."""
+        ...
+
+    def wait_layer(self, layer: int, stream: Any) -> None:
+        """Let what comes next on `stream` happen after this layer's part of the last load by layer."""
+        ...
+
+    def settle(self, stream: Any) -> None:
+        """Let what comes next on `stream` happen after all of the last load by layer."""
+        ...
+
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
-        """Copy pages to slots, after all that was enqueued on `stream` so far; errors are told to `done`.
+        """Copy pages to slots, after all that is enqueued on `stream` until the next `poll`.
+
+        Errors are told to `done`.
 
         Args:
             stream: The engine's stream.
@@ -134,6 +174,8 @@ def _try_save(mover: Mover, blocks: Blocks, stream: int) -> bool:
 class HostTransfers:
     """A pool in host memory, as in the reference engine: every copy is over when the call returns."""
 
+    layers = 0
+
     def __init__(self, mover: Mover) -> None:
         self.mover = mover
 
@@ -144,6 +186,16 @@ class HostTransfers:
         """Copy slots to pages."""
         self.mover.load(blocks, 0)
         done(True)
+
+    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        """Copy slots to pages."""
+        self.load(stream, blocks, done)
+
+    def wait_layer(self, layer: int, stream: Any) -> None:
+        """Do nothing: no copy is under way."""
+
+    def settle(self, stream: Any) -> None:
+        """Do nothing: no copy is under way."""
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
         """Copy pages to slots."""
@@ -166,6 +218,15 @@ class _Pending(NamedTuple):
     done: Callable[[], None]
 
 
+class _Late(NamedTuple):
+    """A save that is not begun: stream, what and whose."""
+
+    stream: Any
+    blocks: Blocks
+    done: Done
+    number: int
+
+
 class CudaTransfers:
     """A pool on a GPU. Loads and saves have a stream each, joined with the engine's by events on the GPU.
 
@@ -173,18 +234,34 @@ class CudaTransfers:
     after what the engine has enqueued so far, and what it enqueues next begins after the load: as if the
     copies stood on its stream. Saves begin behind the forward pass and run beside the next ones. These write
     to other pages, as long as a request holds its own; who may have lost them the leader knows (`order`).
+
+    Saves are enqueued in the next `poll`, not at once: behind a forward pass the engine enqueues the way of
+    its tokens to the host, which must not queue up behind a gigabyte of blocks for the same copy engine.
     """
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
-        """Take what moves the blocks, and two streams that nobody else uses."""
+    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
+        """Take what moves the blocks, and two streams that nobody else uses.
+
+        Args:
+            mover: Moves whole blocks.
+            loads: The stream of loads.
+            saves: The stream of saves.
+            parts: All layers in order, where blocks can be loaded by layer.
+        """
         self.mover = mover
+        self.layers = sum(part.layers for part in parts)
+        self._parts = parts
         self._load_stream = loads
         self._save_stream = saves
         self._loads: deque[_Pending] = deque()
+        self._late: deque[_Late] = deque()
         self._saves: deque[_Pending] = deque()
+        # Of the last load by layer: the event of each layer.
+        self._arrivals: list[Any] = []
 
     def order(self, stream: Any, behind: int) -> None:
         """Make the stream wait for the last of these saves; their stream runs them in order."""
+        self._begin_saves()
         for pending in reversed(self._saves):
             if pending.number <= behind:
                 self._engines(stream).wait_event(pending.event)
@@ -199,29 +276,58 @@ class CudaTransfers:
         engines.wait_event(event)
         self._loads.append(_Pending(event, 0, partial(done, True)))
 
+    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        """Enqueue copies behind what the engine has enqueued, the first layers' first."""
+        self.settle(stream)
+        self._load_stream.wait_stream(self._engines(stream))
+        for part in self._parts:
+            part.mover.load(blocks, self._load_stream.cuda_stream)
+            self._arrivals += [self._load_stream.record_event()] * part.layers
+        self._loads.append(_Pending(self._arrivals[-1], 0, partial(done, True)))
+
+    def wait_layer(self, layer: int, stream: Any) -> None:
+        """Make the stream wait for the event of the layer, and a layer that is not known for all."""
+        if self._arrivals:
+            known = 0 <= layer < len(self._arrivals)
+            self._engines(stream).wait_event(self._arrivals[layer if known else -1])
+
+    def settle(self, stream: Any) -> None:
+        """Make the stream wait for the last layer's event."""
+        if self._arrivals:
+            self._engines(stream).wait_event(self._arrivals[-1])
+            self._arrivals = []
+
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
-        """Enqueue copies behind what the engine has enqueued."""
-        self._save_stream.wait_stream(self._engines(stream))
-        made = _try_save(self.mover, blocks, self._save_stream.cuda_stream)
-        # Copies made before one failed are under way all the same: their slots stay taken until the event.
-        event = self._save_stream.record_event()
-        self._saves.append(_Pending(event, number, partial(done, made)))
+        """Note what is to be saved behind what the engine enqueues until the next `poll`."""
+        self._late.append(_Late(stream, blocks, done, number))
+
+    def _begin_saves(self) -> None:
+        while self._late:
+            stream, blocks, done, number = self._late.popleft()
+            self._save_stream.wait_stream(self._engines(stream))
+            made = _try_save(self.mover, blocks, self._save_stream.cuda_stream)
+            # Copies made before one failed are under way all the same: slots stay taken until the event.
+            event = self._save_stream.record_event()
+            self._saves.append(_Pending(event, number, partial(done, made)))
 
     def after_saves(self, done: Callable[[], None]) -> None:
         """Wait for what the last save waits for."""
+        self._begin_saves()
         if self._saves:
             self._saves.append(_Pending(self._saves[-1].event, EVERY_PASS, done))
         else:
             done()
 
     def poll(self) -> None:
-        """Look which events have passed; the streams pass them in order."""
+        """Begin what is to be saved, and look which events have passed; the streams pass them in order."""
+        self._begin_saves()
         for pending in (self._loads, self._saves):
             while pending and pending[0].event.query():
                 pending.popleft().done()
 
     def drain(self) -> None:
         """Wait for both streams' last events."""
+        self._begin_saves()
         for pending in (self._loads, self._saves):
             if pending:
                 pending[-1].event.synchronize()

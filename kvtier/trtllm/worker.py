@@ -141,9 +141,9 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         Raises:
             BrokenPromise: Layers were computed without having been waited for.
         """
+        self._end_watch(stream)
         saves, self._saves = self._saves, ()
         self._stream = stream
-        self._end_watch(stream)
         if saves:
             self._save(saves, lambda: None, self._number)
 
@@ -241,8 +241,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """See whether the pass has waited for each layer that it loaded.
 
         Raises:
-            BrokenPromise: It has not, although that was certain. Its requests end with an error, and the engine
-                with the next call that ends its loop: its pages may hold wrong KV, and be reused.
+            BrokenPromise: It has not, although that was certain. Its requests end with an error, and the
+                engine with the next call that ends its loop: its pages may hold wrong KV, and be reused.
         """
         if not self._hooks.watching:
             return
