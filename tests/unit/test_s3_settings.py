@@ -46,7 +46,8 @@ def test_bucket_in_the_host_name(serve: Serve, monkeypatch: pytest.MonkeyPatch, 
     assert list(bucket.list("some/")) == []
     get, listing = server.requests
     assert get.startswith("GET /some%20key/%21x ")
-    assert listing.startswith("GET /?list-type=2")
+    assert listing.startswith("GET /?")
+    assert "list-type=2" in listing
     for head in server.requests:
         assert headers_of(head)["host"] == f"bucket.s3.test:{server.port}"
     bucket.close()

@@ -33,13 +33,14 @@ from kvtier.tiers.s3.bucket import (
     RangeMissing,
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
+from kvtier.tiers.s3.listing import Page, list_in_order, list_sorted
 from kvtier.tiers.s3.replies import error_of
 from kvtier.tiers.s3.retries import Retries
 from kvtier.tiers.s3.signing import open_session
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, ListObjectsV2OutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
 T = TypeVar("T")
 
@@ -54,6 +55,8 @@ _BOTO_ERRORS = (
     ResponseParserError,
     urllib3.exceptions.HTTPError,
 )
+_PARSER_ERRORS = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+"""What botocore's parsers raise for sizes and times that are none."""
 
 
 class BotoBucket:
@@ -101,24 +104,8 @@ class BotoBucket:
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
         """See `Bucket.list`."""
-        if self._config.express:
-            yield from self._list_sorted(prefix, start_after)
-            return
-        last = start_after
-        more: dict[str, str] = {"StartAfter": start_after} if start_after else {}
-        while True:
-            reply = self._list_page(prefix, more)
-            page_start = last
-            for item in reply.get("Contents", []):
-                # Servers differ in how they treat StartAfter; order and prefix are what we rely on.
-                if item["Key"] > last and item["Key"].startswith(prefix):
-                    last = item["Key"]
-                    yield ListedObject(last, item["Size"], item["LastModified"].timestamp())
-            if not reply["IsTruncated"]:
-                return
-            if last == page_start or "NextContinuationToken" not in reply:
-                raise BadReply(f"LIST {prefix}: the listing does not advance")
-            more = {"ContinuationToken": reply["NextContinuationToken"]}
+        listed = list_sorted if self._config.express else list_in_order
+        return listed(self._get_page, prefix, start_after)
 
     def delete(self, key: str) -> None:
         """See `Bucket.delete`."""
@@ -134,6 +121,11 @@ class BotoBucket:
         """See `Bucket.server_time`."""
         told, at = self._time_told
         return told + time.monotonic() - at
+
+    def note_time(self, date: str) -> None:
+        """Take over the server's time from the Date header of a listing that has just been received."""
+        with contextlib.suppress(ValueError):
+            self._time_told = (email.utils.parsedate_to_datetime(date).timestamp(), time.monotonic())
 
     def place(self) -> tuple[str, str]:
         """Return the endpoint's URL and the region that botocore has found for this configuration.
@@ -159,10 +151,6 @@ class BotoBucket:
             if self._client is not None:
                 self._client.close()
 
-    def _note_time(self, date: str) -> None:
-        with contextlib.suppress(ValueError):
-            self._time_told = (email.utils.parsedate_to_datetime(date).timestamp(), time.monotonic())
-
     def _connect(self) -> S3Client:
         # Making a client reads data files for some hundred milliseconds; the lock keeps it to one.
         with self._lock:
@@ -170,30 +158,19 @@ class BotoBucket:
                 self._client = make_client(self._config)
             return self._client
 
-    def _list_sorted(self, prefix: str, start_after: str) -> Iterator[ListedObject]:
-        """List a directory bucket: it knows no order, and no prefixes but whole folders."""
-        found: list[ListedObject] = []
-        more: dict[str, str] = {}
-        while True:
-            reply = self._list_page(prefix[: prefix.rfind("/") + 1], more)
-            for item in reply.get("Contents", []):
-                if item["Key"] > start_after and item["Key"].startswith(prefix):
-                    found.append(ListedObject(item["Key"], item["Size"], item["LastModified"].timestamp()))
-            if not reply["IsTruncated"]:
-                break
-            if reply.get("NextContinuationToken", "") in ("", more.get("ContinuationToken")):
-                raise BadReply(f"LIST {prefix}: the listing does not advance")
-            more = {"ContinuationToken": reply["NextContinuationToken"]}
-        yield from sorted(found, key=lambda item: item.key)
-
-    def _list_page(self, prefix: str, more: dict[str, str]) -> ListObjectsV2OutputTypeDef:
+    def _get_page(self, prefix: str, more: Mapping[str, str]) -> Page:
         self._counters.add("list_requests")
         request: Any = {"Bucket": self._config.bucket, "Prefix": prefix, **more}
-        reply = self._ask(f"LIST {prefix}", lambda client: client.list_objects_v2(**request))
-        if "IsTruncated" not in reply:
-            raise BadReply(f"LIST {prefix}: not a listing")
-        self._note_time(reply["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
-        return reply
+        reply: Any = self._ask(f"LIST {prefix}", lambda client: client.list_objects_v2(**request))
+        self.note_time(reply["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
+        try:
+            items = [
+                ListedObject(item["Key"], item["Size"], item["LastModified"].timestamp())
+                for item in reply.get("Contents", [])
+            ]
+            return Page(items, reply["NextContinuationToken"] if reply["IsTruncated"] else None)
+        except KeyError as error:
+            raise BadReply(f"LIST {prefix}: not a listing, it lacks {error}") from error
 
     def _ask(self, what: str, request: Callable[[S3Client], T]) -> T:
         """Make a request; where its credentials have expired, once more with those that are found now."""
@@ -328,6 +305,8 @@ def translated(what: str) -> Iterator[None]:
         yield
     except _BOTO_ERRORS as error:
         raise _translate(what, error) from error
+    except _PARSER_ERRORS as error:
+        raise BadReply(f"{what}: a reply that makes no sense: {error}") from error
 
 
 def _translate(what: str, error: Exception) -> KvTierError:

@@ -1,4 +1,4 @@
-"""The bucket through our own HTTP client: what moves data; boto3 does what only controls."""
+"""The bucket through our own HTTP client: what moves data and what lists; boto3 does what only controls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from kvtier._counters import Counters
 from kvtier.config import S3Config
@@ -27,6 +27,7 @@ from kvtier.tiers.s3.hedge import Pace
 from kvtier.tiers.s3.http_connection import Body, Deadline, Origin, Stalled
 from kvtier.tiers.s3.http_exchange import Address, Exchange, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
+from kvtier.tiers.s3.listing import MAX_PAGE_BYTES, Page, list_in_order, list_sorted, page_query, parse_page
 from kvtier.tiers.s3.replies import error_of, read_error
 from kvtier.tiers.s3.retries import Retries
 
@@ -35,7 +36,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 class HttpBucket:
-    """A `Bucket` whose GETs and PUTs go over connections of our own; listings go through boto3.
+    """A `Bucket` whose GETs, PUTs and listings go over connections of our own; boto3 deletes.
 
     boto3 also finds the endpoint, the region and the credentials, so that both mean the same bucket.
     What is retried is in `Retries`; besides, stale connections and expired credentials are replaced once.
@@ -78,7 +79,8 @@ class HttpBucket:
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
         """See `Bucket.list`."""
-        return self._control.list(prefix, start_after)
+        listed = list_sorted if self._config.express else list_in_order
+        return listed(self._get_page, prefix, start_after)
 
     def delete(self, key: str) -> None:
         """See `Bucket.delete`."""
@@ -112,6 +114,16 @@ class HttpBucket:
             data = bytearray(end + 1 - start)
             self._receive(key, head, body, Parts(iter([memoryview(data)]), len(data)))
         return bytes(data), total
+
+    def _get_page(self, prefix: str, more: Mapping[str, str]) -> Page:
+        self._counters.add("list_requests")
+        query, deadline = page_query(prefix, more), self._deadline(MAX_PAGE_BYTES)
+        with self._request("GET", "", {}, b"", deadline, query) as (head, body):
+            page = body.read(MAX_PAGE_BYTES)
+            if len(page) >= MAX_PAGE_BYTES:
+                raise BadReply(f"LIST {prefix}: a page without end")
+        self._control.note_time(head.headers.get("date", ""))
+        return parse_page(page)
 
     def _get(self, key: str, offset: int, into: Parts, deadline: Deadline) -> None:
         """Make one GET for what is left, and another one for the rest of a body that stalls."""
@@ -176,19 +188,28 @@ class HttpBucket:
 
     @contextlib.contextmanager
     def _request(
-        self, method: str, key: str, headers: dict[str, str], body: bytes, deadline: Deadline
+        self,
+        method: str,
+        key: str,
+        headers: dict[str, str],
+        body: bytes,
+        deadline: Deadline,
+        query: str = "",
     ) -> Iterator[tuple[ReplyHead, Body]]:
         """Make a request and give its reply if it is a success; expired credentials are renewed once.
 
         Some servers (rclone's) send a part with status 200: what counts is that they say which part it is.
         """
-        what, put = f"{method} {key}", method == "PUT"
+        what = f"{method} {key}" if key else f"LIST {query}"
         with contextlib.ExitStack() as stack:
             for last_try in (False, True):
                 head, reply = stack.enter_context(
-                    self._exchange.request(method, key, headers, body, deadline)
+                    self._exchange.request(method, key, headers, body, deadline, query)
                 )
-                if head.status == 206 or (head.status < 300 and (put or "content-range" in head.headers)):
+                ranged = "Range" in headers
+                if head.status == 206 or (
+                    head.status < 300 and (not ranged or "content-range" in head.headers)
+                ):
                     yield head, reply
                     return
                 if head.status < 300:

@@ -123,16 +123,30 @@ class Exchange:
 
     @contextlib.contextmanager
     def request(
-        self, method: str, key: str, headers: Mapping[str, str], body: bytes, deadline: Deadline
+        self,
+        method: str,
+        key: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        deadline: Deadline,
+        query: str = "",
     ) -> Iterator[tuple[ReplyHead, Body]]:
         """Make one request and give head and body of the reply; the connection is kept if it can be.
+
+        Args:
+            method: HTTP method.
+            key: The object; empty for the bucket.
+            headers: What is to be signed besides the host.
+            body: What is sent.
+            deadline: Of everything up to the end of the reply.
+            query: Encoded and in order, as it is signed.
 
         Raises:
             TierUnavailable: No reply, or not in time.
             AccessDenied: No credentials, or a certificate that is not to be trusted.
             BadReply: A reply of something that is no HTTP server.
         """
-        connection, head = self._follow(method, key, headers, body, deadline)
+        connection, head = self._follow(method, key, headers, body, deadline, query)
         content = Body(connection, head, deadline)
         try:
             yield head, content
@@ -151,14 +165,21 @@ class Exchange:
         self._pool.close()
 
     def _follow(
-        self, method: str, key: str, headers: Mapping[str, str], body: bytes, deadline: Deadline
+        self,
+        method: str,
+        key: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        deadline: Deadline,
+        query: str,
     ) -> tuple[Connection, ReplyHead]:
         with self._lock:
             if self._address is None:
                 self._address = self._locate()
             address = self._address
         for _ in range(_MAX_REDIRECTS):
-            connection, head = self._ask(address, method, key, headers, body, deadline)
+            target = f"{address.target(key)}?{query}" if query else address.target(key)
+            connection, head = self._ask(address, method, target, headers, body, deadline)
             # 400 is how a wrong region in the signature is answered.
             moved = redirected(address, head, key) if head.status in _REDIRECTS | {400} else None
             if moved is None:
@@ -177,26 +198,27 @@ class Exchange:
         self,
         address: Address,
         method: str,
-        key: str,
+        target: str,
         headers: Mapping[str, str],
         body: bytes,
         deadline: Deadline,
     ) -> tuple[Connection, ReplyHead]:
-        head = self._head(address, method, key, headers, body)
+        head = self._head(address, method, target, headers, body)
         connection = self._pool.take(address.origin)
+        # Listings take longer than reads, and nobody waits for them.
+        hedged = not body and "?" not in target
         try:
-            return self._exchange(connection, head, body, deadline)
+            return self._exchange(connection, head, body, deadline, hedged)
         except ConnectionLost:
             if not connection.reused:
                 raise
             self._counters.add("stale_connections")
-        return self._exchange(self._pool.take(address.origin, fresh=True), head, body, deadline)
+        return self._exchange(self._pool.take(address.origin, fresh=True), head, body, deadline, hedged)
 
     def _head(
-        self, address: Address, method: str, key: str, headers: Mapping[str, str], body: bytes
+        self, address: Address, method: str, target: str, headers: Mapping[str, str], body: bytes
     ) -> bytes:
         scheme = "https" if address.origin.secure else "http"
-        target = address.target(key)
         url = f"{scheme}://{address.origin.netloc}{target}"
         plain = {"Host": address.origin.netloc, **headers}
         signed = self._signer.sign(method, url, plain, address.region)
@@ -207,12 +229,12 @@ class Exchange:
         return write_head(method, target, signed)
 
     def _exchange(
-        self, connection: Connection, head: bytes, body: bytes, deadline: Deadline
+        self, connection: Connection, head: bytes, body: bytes, deadline: Deadline, hedged: bool
     ) -> tuple[Connection, ReplyHead]:
         """Send a request and receive the head of the reply, perhaps on a second connection."""
         try:
             self._send(connection, head, body, deadline)
-            if not body:
+            if hedged:
                 connection = self._hedged(connection, head, deadline)
             return connection, connection.read_head(deadline)
         except BaseException:
