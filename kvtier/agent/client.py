@@ -275,6 +275,7 @@ def connect(
         ranks,
         form.name,
         form.slot_bytes,
+        prepare is not None,
     )
     if spawn is None:
         spawn = config.agent.mode == "auto"

@@ -110,7 +110,7 @@ class Door:
         opened = self._stores.join(namespace, layout)
         try:
             _check_form(opened.store.form, attach)
-            session = self._sessions.add(opened, connection, attach.group, attach.rank, attach.ranks)
+            session = self._sessions.add(opened, connection, attach)
         except BaseException:
             self._stores.leave(opened)
             raise

@@ -8,9 +8,13 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
+from kvtier.agent import wire
 from kvtier.agent.notes import Notes
 from kvtier.agent.stores import OpenStore, Stores
 from kvtier.errors import ConfigError
+
+DEATH_SECONDS = 10.0
+"""A killed process's connection ends at once; what a GPU copies for it, when the driver takes that apart."""
 
 
 @dataclass(eq=False, slots=True)
@@ -24,6 +28,7 @@ class Group:
         members: Those that are attached.
         whole: Whether all ranks are attached and ready. Nothing is promised to an engine that is not: every
             rank has to be able to read, and to fill, each slot.
+        pins: Whether one of them had the arena pinned.
     """
 
     owner: int
@@ -31,6 +36,7 @@ class Group:
     notes: Notes
     members: set[Session] = field(default_factory=set)
     whole: bool = False
+    pins: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +64,7 @@ class Sessions:
     """The table of clients. An engine's leases and reservations end when the last client of it is gone.
 
     Not before: as long as one of its processes lives, a copy from or to one of its slots may be under way.
+    And if a GPU copies, the slots that it may be writing to stay taken for `DEATH_SECONDS` more.
     """
 
     def __init__(self, stores: Stores) -> None:
@@ -74,14 +81,15 @@ class Sessions:
         """Return the client that has this token."""
         return self._by_token.get(token)
 
-    def add(self, opened: OpenStore, connection: socket.socket, group: str, rank: int, ranks: int) -> Session:
+    def add(self, opened: OpenStore, connection: socket.socket, attach: wire.Attach) -> Session:
         """Enter a client, which counts as a user of the store already.
 
         Raises:
             ConfigError: The engine's clients are not of one mind about their number.
         """
+        rank, ranks = attach.rank, attach.ranks
         with self._lock:
-            key = (opened.epoch, group)
+            key = (opened.epoch, attach.group)
             known = self._groups.get(key)
             if known is None:
                 known = Group(next(self._owners), ranks, Notes(opened.store.abort, self._stores.clock))
@@ -90,6 +98,7 @@ class Sessions:
             self._groups[key] = known
             session = Session(secrets.randbits(64), opened, known, rank, connection)
             known.members.add(session)
+            known.pins |= attach.pins
             self._by_token[session.token] = session
         return session
 
@@ -110,7 +119,7 @@ class Sessions:
             if not group.members:
                 self._groups = {key: other for key, other in self._groups.items() if other is not group}
         if not group.members:
-            session.opened.store.drop_owner(group.owner)
+            session.opened.store.drop_owner(group.owner, DEATH_SECONDS if group.pins else 0.0)
         self._stores.leave(session.opened)
         session.connection.close()
 

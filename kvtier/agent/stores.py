@@ -139,6 +139,8 @@ class Stores:
     def tend(self) -> None:
         """Hand on pages that became free; close what was long without clients while others are not."""
         with self._lock:
+            for opened in [*self._open.values(), *self._closing]:
+                opened.store.expire()
             long_ago = self.clock() - WARM_SECONDS
             if any(opened.users for opened in self._open.values()):
                 for key, opened in list(self._open.items()):

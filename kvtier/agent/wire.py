@@ -24,7 +24,7 @@ import numpy as np
 
 from kvtier.hashing import HASH_BYTES
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Goes up whenever a message or its meaning changes; agent and client have to agree on it."""
 
 DOOR = "door"
@@ -68,6 +68,7 @@ class Attach(msgspec.Struct, array_like=True, tag="attach"):
         ranks: How many clients the engine has.
         slot_format: The form of slots that the client reads and fills: "raw" or "planes".
         slot_bytes: Bytes of such a slot.
+        pins: Whether the client pins the arena: then a GPU copies, and for a moment also without its process.
     """
 
     facts: bytes
@@ -78,6 +79,7 @@ class Attach(msgspec.Struct, array_like=True, tag="attach"):
     ranks: int
     slot_format: str
     slot_bytes: int
+    pins: bool
 
 
 class Attached(msgspec.Struct, array_like=True, tag="attached"):

@@ -119,8 +119,11 @@ class TieredStore:
         self._leases = LeaseTable(memory, LEASE_SECONDS, clock)
         self._writer = WriteThrough(memory, codec, self._tiers, self._counters)
         self._stager = Stager(memory, self._tiers, codec, self._counters, self._writer.promote)
+        self._clock = clock
         self._lock = threading.Lock()
         self._filling: dict[int, _Reservation] = {}
+        # Reservations of processes that died, and until when their copies may still be under way.
+        self._dying: list[tuple[float, list[int]]] = []
         self._closed = False
 
     @classmethod
@@ -153,7 +156,7 @@ class TieredStore:
         """
         if self._closed or not hashes:
             return Lookup(())
-        self._leases.expire()
+        self.expire()
         self._counters.add("lookups")
         slots = self.memory.acquire(hashes)
         missing = hashes[len(slots) :]
@@ -219,7 +222,7 @@ class TieredStore:
         """Reserve slots for new blocks, for `owner`; see `StoreClient.reserve`."""
         if self._closed:
             return [None] * len(hashes)
-        self._leases.expire()
+        self.expire()
         tickets = self.memory.reserve(hashes)
         shards = range(self.layout.shards)
         with self._lock:
@@ -296,12 +299,34 @@ class TieredStore:
             # Closed meanwhile.
             return False
 
-    def drop_owner(self, owner: int) -> None:
-        """End the leases and reservations of one owner, whose processes are gone."""
+    def drop_owner(self, owner: int, seconds: float = 0.0) -> None:
+        """End the leases and reservations of one owner, whose processes are gone.
+
+        Args:
+            owner: The owner.
+            seconds: How long copies into its reserved slots may go on without it: until then nobody gets
+                them. Copies from slots that it has leased may go on too, and harm nobody.
+        """
         self._leases.end_all(owner)
         with self._lock:
             tickets = [ticket for ticket, entry in self._filling.items() if entry.owner == owner]
-        self.abort(tickets)
+            for ticket in tickets:
+                del self._filling[ticket]
+            if tickets:
+                self._dying.append((self._clock() + seconds, tickets))
+        self.expire()
+
+    def expire(self) -> None:
+        """Free what has had its time: leases that are not held, slots of processes that died."""
+        self._leases.expire()
+        if not self._dying:
+            return
+        with self._lock:
+            now = self._clock()
+            over = [tickets for until, tickets in self._dying if until <= now]
+            self._dying = [entry for entry in self._dying if entry[0] > now]
+        for tickets in over:
+            self.memory.abort(tickets)
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:
         """Return one shard's bytes of a slot; see `StoreClient.slot_view`."""
@@ -318,6 +343,7 @@ class TieredStore:
         values["leases"] = len(self._leases)
         values["leases_expired"] = self._leases.expired
         values["filling_slots"] = len(self._filling)
+        values["dying_slots"] = sum(len(tickets) for _, tickets in self._dying)
         values["encoding_blocks"], values["queued_bytes"] = self._writer.pending()
         for tier in (self.memory, *self._tiers):
             values.update({f"{tier.name}_{name}": value for name, value in tier.stats().items()})

@@ -14,21 +14,8 @@ from kvtier.config import parse_config
 from kvtier.errors import ConfigError
 from kvtier.store import ticket_slot
 from kvtier.tiers.arena import MappedMemory
-from tests.agent_support import AgentThread, Place, eventually, namespace_of
+from tests.agent_support import AgentThread, eventually, namespace_of
 from tests.store_support import ROOT, chain, content, read, save
-
-
-@pytest.fixture(autouse=True)
-def told_anew(monkeypatch):
-    """Let each test see messages that are told once a minute."""
-    monkeypatch.setattr("kvtier._logging._last", {})
-
-
-@pytest.fixture
-def place():
-    place = Place()
-    yield place
-    place.remove()
 
 
 class TestEpochs:

@@ -22,25 +22,6 @@ FORM = ("raw", LAYOUT.block_bytes)
 """The format and size of a slot, as a handshake names them."""
 
 
-@pytest.fixture(autouse=True)
-def told_anew(monkeypatch):
-    """Let each test see messages that are told once a minute."""
-    monkeypatch.setattr("kvtier._logging._last", {})
-
-
-@pytest.fixture
-def place():
-    place = Place()
-    yield place
-    place.remove()
-
-
-@pytest.fixture
-def agent(place):
-    with AgentThread(place) as agent:
-        yield agent
-
-
 @contextmanager
 def raw_desk(place: Place):
     """A ZeroMQ socket at the desk."""
@@ -127,11 +108,11 @@ class TestHostility:
             b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
             HEADER + b"\xff\xff\xff\xff",
             wire.frame(wire.Refused("me")),
-            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)),
-            wire.frame(wire.Attach(b"[1]", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)),
-            wire.frame(wire.Attach(b"{", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)),
-            wire.frame(wire.Attach(b"{}", bytes(16), {"layers": 2**62}, "g", 0, 1, "raw", 1)),
-            wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1, *FORM)),
+            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM, False)),
+            wire.frame(wire.Attach(b"[1]", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM, False)),
+            wire.frame(wire.Attach(b"{", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM, False)),
+            wire.frame(wire.Attach(b"{}", bytes(16), {"layers": 2**62}, "g", 0, 1, "raw", 1, False)),
+            wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1, *FORM, False)),
             HEADER + b"\x05\x00\x00\x00" + b"\xc1" * 5,
         ],
         ids=range(10),
@@ -164,7 +145,7 @@ class TestHostility:
 
     def test_another_user_is_refused(self, place, agent, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM)
+        hello = wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 1, *FORM, False)
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(str(place.directory / wire.DOOR))
             caller.sendall(wire.frame(hello))
@@ -204,7 +185,7 @@ class TestHostility:
 
 class TestVersions:
     def test_a_client_of_another_version_gets_a_clear_answer(self, place, agent, caplog):
-        frame = bytearray(wire.frame(wire.Attach(b"future", b"", {}, "g", 0, 1, "raw", 1)))
+        frame = bytearray(wire.frame(wire.Attach(b"future", b"", {}, "g", 0, 1, "raw", 1, False)))
         frame[4] = 99
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(str(place.directory / wire.DOOR))

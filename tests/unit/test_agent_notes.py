@@ -9,15 +9,8 @@ import pytest
 from kvtier.agent.client import Deadlines
 from kvtier.agent.notes import MAX_NOTE_BYTES, MAX_NOTES, NOTE_SECONDS, Notes
 from kvtier.trtllm.meta import Save, decode_saves, encode_saves
-from tests.agent_support import TWO_SHARDS, AgentThread, Place, eventually
+from tests.agent_support import TWO_SHARDS, AgentThread, eventually
 from tests.store_support import ROOT, chain
-
-
-@pytest.fixture
-def place():
-    place = Place()
-    yield place
-    place.remove()
 
 
 @pytest.fixture

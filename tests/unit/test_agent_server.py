@@ -20,25 +20,6 @@ from tests.agent_support import TWO_SHARDS, AgentThread, Place, eventually, name
 from tests.store_support import LAYOUT, ROOT, DictTier, chain, content, read, save
 
 
-@pytest.fixture(autouse=True)
-def told_anew(monkeypatch):
-    """Let each test see messages that are told once a minute."""
-    monkeypatch.setattr("kvtier._logging._last", {})
-
-
-@pytest.fixture
-def place():
-    place = Place()
-    yield place
-    place.remove()
-
-
-@pytest.fixture
-def agent(place):
-    with AgentThread(place) as agent:
-        yield agent
-
-
 def store_of(agent: AgentThread):
     (opened,) = agent.stores.open_stores()
     return opened.store

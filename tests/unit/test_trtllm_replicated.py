@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from kvtier.agent.client import Deadlines
-from kvtier.connector import shared
 from kvtier.engine.versions import RequestDataMain, SchedulerOutput
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, worker
-from tests.agent_support import AgentThread, Place, eventually
+from tests.agent_support import AgentThread, eventually
 from tests.trtllm_support import ROW, SIZE, FakeRequest, content, llm_args
 
 BLOCKS = 5
@@ -184,19 +181,6 @@ class Engine:
 
 
 @pytest.fixture
-def agent(monkeypatch, tmp_path) -> Iterator[AgentThread]:
-    place = Place(1 << 20)
-    file = tmp_path / "kvtier.yaml"
-    settings = {"mode": "external", "directory": str(place.directory)}
-    file.write_text(yaml.safe_dump({"memory": {"size": "1MiB"}, "agent": settings}))
-    monkeypatch.setenv("KVTIER_CONFIG", str(file))
-    monkeypatch.setattr(shared, "DEADLINES", Deadlines(20.0, 20.0))
-    with AgentThread(place) as agent:
-        yield agent
-    place.remove()
-
-
-@pytest.fixture
 def model(request, tmp_path) -> str:
     """A model's directory, whose configuration tells of latents if the pool has them."""
     _, latent = POOLS[request.getfixturevalue("kind")]
@@ -210,8 +194,10 @@ def model(request, tmp_path) -> str:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", POOLS)
-def test_what_is_equal_on_all_ranks_is_stored_once_and_read_by_all(agent, monkeypatch, model, kind, ranks):
-    with closing(Engine(kind, ranks, agent, model, monkeypatch)) as engine:
+def test_what_is_equal_on_all_ranks_is_stored_once_and_read_by_all(
+    connectors_agent, monkeypatch, model, kind, ranks
+):
+    with closing(Engine(kind, ranks, connectors_agent, model, monkeypatch)) as engine:
         own = sum(rows.shape[1] for rows, equal in engine.parts[0] if not equal)
         equal = sum(rows.shape[1] for rows, equal in engine.parts[0] if equal)
         assert engine.opened.store.layout.block_bytes == ranks * own + equal
@@ -227,12 +213,12 @@ def test_what_is_equal_on_all_ranks_is_stored_once_and_read_by_all(agent, monkey
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_rank_that_fails_to_commit_frees_the_slot_and_costs_one_block(
-    agent, monkeypatch, model, kind, ranks
+    connectors_agent, monkeypatch, model, kind, ranks
 ):
     def fail(*_: object) -> None:
         raise OSError("this copy fails")
 
-    with closing(Engine(kind, ranks, agent, model, monkeypatch)) as engine:
+    with closing(Engine(kind, ranks, connectors_agent, model, monkeypatch)) as engine:
         free = engine.store("memory_free")
         once = engine.opened.store.layout.shards == 1
         for failing in range(1 if once else ranks):
