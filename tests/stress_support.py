@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvtier.connector.transfer import Blocks, CudaTransfers, Done, Mover
-from kvtier.store import ticket_slot
+from kvtier.codec import PlaneSlots
+from kvtier.connector.transfer import Blocks, CudaTransfers, Done, Layers, Mover
+from kvtier.store import TieredStore, ticket_slot
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
+from kvtier.trtllm.pool import Pool
 from tests.trtllm_support import SIZE, FakeRequest, Rig, llm_args
 
 PAGES = 48
 SLOTS = 32
+LAYERS = 2
 GARBAGE = -1
+
+RANDOM_BITS = 0x83FF_83FF_83FF_83FF
+STEADY_BITS = 0x3C00_3C00_3C00_3C00
+"""Four bfloat16 numbers: signs, mantissas and three bits of the exponents differ, as planes can hold them."""
 
 
 class Deaf:
@@ -38,22 +46,45 @@ class Deaf:
 class LoadsNotAwaited(CudaTransfers):
     """The forward pass begins before the loads have arrived."""
 
+    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
+        super().__init__(mover, loads, saves)
+
     def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
         super().load(Deaf(stream), blocks, done)
+
+
+class LayersNotAwaited(CudaTransfers):
+    """Layers are computed before their part of the loads has arrived."""
+
+    def wait_layer(self, layer: int, stream: Any) -> None: ...
+
+
+class LayersInWrongOrder(CudaTransfers):
+    """A layer waits for the part of the one before it."""
+
+    def wait_layer(self, layer: int, stream: Any) -> None:
+        super().wait_layer(max(0, layer - 1), stream)
+
+
+class FailedPassesNotSettled(CudaTransfers):
+    """Nobody waits for the layers that a pass which failed in its middle has not waited for."""
+
+    def settle(self, stream: Any) -> None:
+        self._arrivals = []
 
 
 class LoadsTooEarly(CudaTransfers):
     """Loads write to pages that the pass before still computes with."""
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
-        super().__init__(mover, Deaf(loads), saves)
+    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
+        super().__init__(mover, Deaf(loads), saves, parts)
 
 
 class SavesTooEarly(CudaTransfers):
     """Saves do not wait for the forward pass."""
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
-        super().__init__(mover, loads, Deaf(saves))
+    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
+        super().__init__(mover, loads, Deaf(saves), parts)
 
 
 class PassesNotOrdered(CudaTransfers):
@@ -67,6 +98,10 @@ class LeasesReleasedEarly(CudaTransfers):
 
     def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
         super().load(stream, blocks, lambda made: None)
+        done(True)
+
+    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        super().load_by_layer(stream, blocks, lambda made: None)
         done(True)
 
 
@@ -95,6 +130,8 @@ MUTILATED = [
     TailsReportedEarly,
 ]
 
+LAYERWISE = [LayersNotAwaited, LayersInWrongOrder, FailedPassesNotSettled]
+
 
 @dataclass(eq=False)
 class Running:
@@ -121,6 +158,8 @@ class Counts:
     cancelled: int = 0
     held: int = 0
     ordered: int = 0
+    failed: int = 0
+    by_layer: int = 0
     checks: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -131,32 +170,37 @@ class Stress:
         gpu: Streams, kernels and sleeps: `stream`, `run`, `sleep`, `synchronize`; `engine` is the stream that
             the engine works on.
         pool: `[PAGES, layers, 2, row]` on it.
-        transfers: Makes what moves the blocks, given the pool's map.
+        transfers: Makes what moves the blocks of the pool.
         rng: All chance.
     """
 
     def __init__(
-        self, gpu: Any, pool: torch.Tensor, transfers: Callable[[Any], CudaTransfers], rng: random.Random
+        self, gpu: Any, pool: torch.Tensor, transfers: Callable[[Pool], CudaTransfers], rng: random.Random
     ) -> None:
         self._gpu, self._rng = gpu, rng
-        arguments = llm_args()
+        arguments = llm_args(backend="pytorch", torch_compile_config=None)
         leader, worker = KvTierConnectorLeader(arguments), KvTierConnectorWorker(arguments)
         worker.register_kv_caches(pool)
         self.rig = Rig(leader, worker, pool)
         runtime = leader._runtime
         runtime.ready = replace(runtime.ready, on_gpu=True)
-        worker._transfers = transfers(worker._pool.map)
-        order = worker._transfers.order
+        worker._transfers = transfers(worker._pool)
+        order, by_layer = worker._transfers.order, worker._transfers.load_by_layer
 
         def counted(stream: Any, behind: int) -> None:
             self.counts.ordered += bool(behind)
             order(stream, behind)
 
-        worker._transfers.order = counted
+        def counted_by_layer(stream: Any, blocks: Blocks, done: Done) -> None:
+            self.counts.by_layer += len(blocks.slots)
+            by_layer(stream, blocks, done)
+
+        worker._transfers.order, worker._transfers.load_by_layer = counted, counted_by_layer
         self._engine = gpu.engine
-        self._words = pool.view(PAGES, -1).view(torch.int64)
-        base = np.arange(self._words.shape[1], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        self._base_host = torch.from_numpy(base.view(np.int64).copy())
+        self._words = pool.view(PAGES, LAYERS, -1).view(torch.int64)
+        base = np.arange(self._words[0].numel(), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        base = base & np.uint64(RANDOM_BITS) | np.uint64(STEADY_BITS)
+        self._base_host = torch.from_numpy(base.view(np.int64).reshape(LAYERS, -1).copy())
         self._base = self._base_host.to(pool.device)
         self._documents = [[rng.randrange(1000) for _ in range(12 * SIZE)] for _ in range(3)]
         self._free = list(range(PAGES))
@@ -193,8 +237,11 @@ class Stress:
             rig.begin(datas[True], datas[False])
             rig.worker.start_load_kv(self._engine)
             self._stage(any(running.position for running in new))
-            self._forward(spans)
-            rig.worker.wait_for_save(self._engine)
+            if self._forward(spans):
+                rig.worker.wait_for_save(self._engine)
+            else:
+                spans = []
+                self._fail()
         for running, _, end in spans:
             running.position = end
             if end == len(running.request.tokens):
@@ -252,7 +299,8 @@ class Stress:
         )
         return start, end, data
 
-    def _forward(self, spans: list[tuple[Running, int, int]]) -> None:
+    def _forward(self, spans: list[tuple[Running, int, int]]) -> bool:
+        """Compute layer by layer; False if that fails in the middle."""
         rng = self._rng
         reads, writes = [], []
         for running, start, end in spans:
@@ -262,7 +310,7 @@ class Stress:
                     reads.append((page, seed_of(tokens)))
                 else:
                     whole = (block + 1) * SIZE <= end
-                    writes.append((page, seed_of(tokens) if whole else rng.getrandbits(62)))
+                    writes.append((page, seed_of(tokens) if whole else rng.getrandbits(62) & RANDOM_BITS))
         # A request that the connector never hears of fills up the batch.
         padding = rng.choice(self._free) if self._free else None
         sleeps = rng.random() < 0.5
@@ -270,18 +318,30 @@ class Stress:
             self._gpu.run(self._engine, lambda: self._words[padding].fill_(GARBAGE))
         if sleeps:
             self._gpu.sleep(self._engine)
-        for page, seed in writes:
-            self._gpu.run(self._engine, lambda page=page, seed=seed: self._write(page, seed))
-        for page, seed in reads:
-            self._gpu.run(self._engine, lambda page=page, seed=seed: self._check(page, seed))
+        for layer in range(LAYERS):
+            if layer and rng.random() < 0.05:
+                return False
+            self.rig.worker.wait_for_layer_load(layer, self._engine)
+            for page, seed in writes:
+                self._gpu.run(self._engine, partial(self._write, page, layer, seed))
+            for page, seed in reads:
+                self._gpu.run(self._engine, partial(self._check, page, layer, seed))
         if not sleeps and rng.random() < 0.3:
             self._gpu.sleep(self._engine)
+        return True
 
-    def _write(self, page: int, seed: int) -> None:
-        torch.bitwise_xor(self._base, seed, out=self._words[page])
+    def _write(self, page: int, layer: int, seed: int) -> None:
+        torch.bitwise_xor(self._base[layer], seed, out=self._words[page, layer])
 
-    def _check(self, page: int, seed: int) -> None:
-        self._bad += (self._words[page] != torch.bitwise_xor(self._base, seed)).any()
+    def _check(self, page: int, layer: int, seed: int) -> None:
+        self._bad += (self._words[page, layer] != torch.bitwise_xor(self._base[layer], seed)).any()
+
+    def _fail(self) -> None:
+        """End all requests with an error, as the engine does after a pass that failed."""
+        for running in self._active:
+            self._free += running.pages
+        self._active.clear()
+        self.counts.failed += 1
 
     def _finish(self, running: Running) -> None:
         self._active.remove(running)
@@ -312,7 +372,7 @@ class Stress:
             promised, _ = self.rig.leader.get_num_new_matched_tokens(request, 0)
             promise = self.rig.leader._requests.hear(request.request_id).promise
             for block, slot in enumerate(promise.slots if promised else ()):
-                words = torch.frombuffer(store.slot_view(slot), dtype=torch.int64)
+                words = torch.from_numpy(whole_block(store, slot).view(np.int64).reshape(LAYERS, -1))
                 seed = seed_of(tokens[: (block + 1) * SIZE])
                 wrong += not torch.equal(words, torch.bitwise_xor(self._base_host, seed))
             self.rig.leader.request_finished(request, [])
@@ -321,4 +381,15 @@ class Stress:
 
 def seed_of(tokens: list[int]) -> int:
     """Return what tells the content of the block that these tokens end with."""
-    return int.from_bytes(hashlib.blake2b(repr(tokens).encode(), digest_size=7).digest(), "big")
+    digest = hashlib.blake2b(repr(tokens).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big") & RANDOM_BITS
+
+
+def whole_block(store: TieredStore, slot: int) -> np.ndarray:
+    """Return a block as the pool has it."""
+    stored = np.frombuffer(store.slot_view(slot), np.uint8)
+    if not isinstance(store.form, PlaneSlots):
+        return stored.copy()
+    block = np.empty(store.layout.block_bytes, np.uint8)
+    store.form.shape.merge(store.form.shard(stored), block)
+    return block

@@ -15,6 +15,8 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 
+from kvtier.codec import slot_form
+from kvtier.config import Config
 from kvtier.connector import shared
 from kvtier.engine.versions import (
     RequestData11,
@@ -184,9 +186,11 @@ def memory_stores(monkeypatch: pytest.MonkeyPatch, slots: int, **options: Any) -
     """Let connectors open stores of `slots` slots over the tiers in `options`; yields those opened."""
     opened: list[TieredStore] = []
 
-    def open_store(_: object, namespace: Namespace, layout: BlockLayout) -> TieredStore:
-        stride = -(-layout.block_bytes // 4096) * 4096
-        store = TieredStore(namespace, layout, MemoryTier(slots * stride, layout.block_bytes), **options)
+    def open_store(config: Config, namespace: Namespace, layout: BlockLayout) -> TieredStore:
+        form = slot_form(layout, config.memory.format)
+        stride = -(-form.slot_bytes // 4096) * 4096
+        memory = MemoryTier(slots * stride, form.slot_bytes)
+        store = TieredStore(namespace, layout, memory, form=form, **options)
         opened.append(store)
         return store
 
@@ -199,10 +203,10 @@ def memory_stores(monkeypatch: pytest.MonkeyPatch, slots: int, **options: Any) -
         store.close(5)
 
 
-def write_config(directory: Path, memory: str = "1MiB", disk: bool = False) -> Path:
+def write_config(directory: Path, memory: str = "1MiB", disk: bool = False, slots: str = "raw") -> Path:
     """Write a configuration file and return its path."""
     file = directory / "kvtier.yaml"
-    text = f"memory:\n  size: {memory}\nagent:\n  mode: inprocess\n"
+    text = f"memory:\n  size: {memory}\n  format: {slots}\nagent:\n  mode: inprocess\n"
     if disk:
         text += f"disk:\n  path: {directory / 'disk'}\n  size: 64MiB\n"
     file.write_text(text)

@@ -9,9 +9,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvtier.connector.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
+from kvtier.codec import PlaneSlots, slot_form  # noqa: E402
+from kvtier.connector.transfer import Blocks, CudaTransfers, Layers, Mover, RawMover  # noqa: E402
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
-from tests.stress_support import MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
+from kvtier.gpu.plane_movers import CudaPlanes  # noqa: E402
+from kvtier.trtllm.movers import layer_parts  # noqa: E402
+from kvtier.trtllm.pool import Pool  # noqa: E402
+from tests.stress_support import LAYERS, LAYERWISE, MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
 from tests.trtllm_support import memory_stores, write_config  # noqa: E402
 
 pytestmark = [
@@ -79,18 +83,28 @@ def _kernels_are_loaded():
 
 
 def stress(
-    kind: type[CudaTransfers], seed: int, monkeypatch, tmp_path, iterations: int, default_stream: bool = False
+    kind: type[CudaTransfers],
+    seed: int,
+    monkeypatch,
+    tmp_path,
+    iterations: int,
+    default_stream: bool = False,
+    slots: str = "raw",
 ) -> tuple[int, Counts, dict[str, float]]:
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
+    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path, slots=slots)))
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = RealGpu(rng, default_stream)
     device = torch.device("cuda", torch.cuda.current_device())
-    pool = torch.full((PAGES, 2, 2, ROW), -1, dtype=torch.int16, device=device).view(torch.bfloat16)
+    pool = torch.full((PAGES, LAYERS, 2, ROW), -1, dtype=torch.int16, device=device).view(torch.bfloat16)
 
-    def transfers(page_map) -> CudaTransfers:
-        mover = SleepyMover(RawMover(page_map, CudaCopies(device)), gpu, rng)
-        return kind(mover, torch.cuda.Stream(device), torch.cuda.Stream(device))
+    def transfers(pool: Pool) -> CudaTransfers:
+        form, copies = slot_form(pool.layout, slots), CudaCopies(device)
+        streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        if isinstance(form, PlaneSlots):
+            return kind(SleepyMover(CudaPlanes(form, pool.map, copies, device), gpu, rng), *streams)
+        parts = [Layers(p.layers, SleepyMover(p.mover, gpu, rng)) for p in layer_parts(pool, copies)]
+        return kind(SleepyMover(RawMover(pool.map, copies), gpu, rng), *streams, parts)
 
     with memory_stores(monkeypatch, slots=SLOTS):
         world = Stress(gpu, pool, transfers, rng)
@@ -105,16 +119,25 @@ def stress(
         return wrong, world.counts, stats
 
 
+@pytest.mark.parametrize("slots", ["raw", "planes"])
 @pytest.mark.parametrize("default_stream", [False, True])
 @pytest.mark.parametrize("offset", range(3))
-def test_every_byte_is_right(offset, default_stream, monkeypatch, tmp_path):
-    wrong, counts, stats = stress(CudaTransfers, SEED + offset, monkeypatch, tmp_path, 250, default_stream)
+def test_every_byte_is_right(offset, default_stream, slots, monkeypatch, tmp_path):
+    wrong, counts, stats = stress(
+        CudaTransfers, SEED + offset, monkeypatch, tmp_path, 250, default_stream, slots
+    )
     assert wrong == 0
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 20
+    assert (counts.by_layer > 20) == (slots == "raw")
     assert (stats["store_leases"], stats["store_filling_slots"]) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", MUTILATED)
-def test_without_one_of_the_orders_bytes_go_wrong(kind, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "slots"),
+    [*((kind, slots) for kind in MUTILATED for slots in ("raw", "planes")), *((k, "raw") for k in LAYERWISE)],
+)
+def test_without_one_of_the_orders_bytes_go_wrong(kind, slots, monkeypatch, tmp_path):
     """Shows that the test above can fail, and each order is needed."""
-    assert any(stress(kind, SEED + offset, monkeypatch, tmp_path, 150)[0] for offset in range(40))
+    assert any(
+        stress(kind, SEED + offset, monkeypatch, tmp_path, 150, slots=slots)[0] for offset in range(40)
+    )

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from kvtier.connector.transfer import CudaTransfers, RawMover
-from tests.stress_support import MUTILATED, PAGES, SLOTS, Stress
+from kvtier.trtllm.movers import layer_parts
+from kvtier.trtllm.pool import Pool
+from tests.stress_support import LAYERS, LAYERWISE, MUTILATED, PAGES, SLOTS, Stress
 from tests.trtllm_support import memory_stores, write_config
 from tests.virtual_gpu import VirtualGpu
 
@@ -22,9 +24,14 @@ def stress(
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = VirtualGpu(rng)
-    pool = torch.full((PAGES, 2, 2, ROW), -1, dtype=torch.int16).view(torch.bfloat16)
+    pool = torch.full((PAGES, LAYERS, 2, ROW), -1, dtype=torch.int16).view(torch.bfloat16)
+
+    def transfers(pool: Pool) -> CudaTransfers:
+        mover = RawMover(pool.map, gpu.copy)
+        return kind(mover, gpu.stream(), gpu.stream(), layer_parts(pool, gpu.copy))
+
     with memory_stores(monkeypatch, slots=SLOTS):
-        world = Stress(gpu, pool, lambda m: kind(RawMover(m, gpu.copy), gpu.stream(), gpu.stream()), rng)
+        world = Stress(gpu, pool, transfers, rng)
         wrong = world.run(iterations)
         return wrong, world
 
@@ -35,10 +42,11 @@ def test_every_byte_is_right_however_the_streams_run(seed, monkeypatch, tmp_path
     assert wrong == 0
     counts, stats = world.counts, world.rig.worker.stats()
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 20
+    assert min(counts.by_layer - 20, counts.failed) > 0
     assert world.rig.leader.stats()["store_leases"] == 0
     assert world.rig.leader.stats()["store_filling_slots"] == 0
 
 
-@pytest.mark.parametrize("kind", MUTILATED)
+@pytest.mark.parametrize("kind", [*MUTILATED, *LAYERWISE])
 def test_without_one_of_the_orders_bytes_go_wrong(kind, monkeypatch, tmp_path):
     assert any(stress(kind, seed, monkeypatch, tmp_path, 150)[0] for seed in range(40))
