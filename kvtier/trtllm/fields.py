@@ -36,7 +36,11 @@ def as_text(value: object) -> str | None:
 
 
 def as_plain(value: object) -> Any:
-    """Return `value` if it is JSON data all through, else None."""
+    """Return `value` as JSON data, None for what is none; names of enumerations and dtypes stand for them."""
+    if type(value).__name__ == "dtype":
+        return str(value)
+    if isinstance(value, (Enum, PurePath)):
+        return as_text(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

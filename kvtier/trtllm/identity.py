@@ -26,6 +26,16 @@ _DTYPES = {
     "fp32": "float32",
     "float": "float32",
 }
+_QUANTIZATION = (
+    "group_size",
+    "smoothquant_val",
+    "clamp_val",
+    "use_meta_recipe",
+    "has_zero_point",
+    "pre_quant_scale",
+    "exclude_modules",
+)
+"""How weights and activations are quantized, besides the algorithm. Scales stand in the weight files."""
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
 
@@ -159,6 +169,7 @@ def _numerics(llm_args: object, config: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": as_text(dig(llm_args, "dtype")),
         "attention_backend": as_text(dig(llm_args, "attn_backend")),
         "quantization": as_text(dig(llm_args, "quant_config", "quant_algo")),
+        "quantization_details": _quantization_details(llm_args),
         "model_kwargs": as_plain(dig(llm_args, "model_kwargs")),
         "window": _window(llm_args),
         # Some kinds of RoPE choose their factors by it.
@@ -166,6 +177,15 @@ def _numerics(llm_args: object, config: Mapping[str, Any]) -> dict[str, Any]:
         "sparse_attention": as_text(dig(llm_args, "sparse_attention_config", "algorithm")),
     }
     return {name: value for name, value in given.items() if value is not None and value != "auto"}
+
+
+def _quantization_details(llm_args: object) -> dict[str, Any] | None:
+    quantization = dig(llm_args, "quant_config")
+    dynamic = dig(llm_args, "force_dynamic_quantization") is True
+    details: dict[str, Any] = {"dynamic": True} if dynamic else {}
+    if as_text(dig(quantization, "quant_algo")) is not None:
+        details.update({name: as_plain(dig(quantization, name)) for name in _QUANTIZATION})
+    return {name: value for name, value in details.items() if value not in (None, False, [])} or None
 
 
 def _attention_layers(config: Mapping[str, Any]) -> int | None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from kvtier.connector import weights
 from kvtier.connector.weights import model_config, model_facts
@@ -259,6 +260,31 @@ class QuantAlgo(str, Enum):
 )
 def test_an_engine_that_writes_other_bytes_has_its_own_namespace(changes):
     assert namespace(**changes) != namespace()
+
+
+def quantized(**details):
+    return namespace(quant_config=SimpleNamespace(quant_algo=QuantAlgo.FP8, **details))
+
+
+def test_how_weights_are_quantized_counts_and_what_says_nothing_does_not():
+    other = [
+        quantized(),
+        quantized(group_size=64),
+        quantized(group_size=128),
+        quantized(exclude_modules=["lm_head"]),
+        quantized(exclude_modules=["lm_head", "*.self_attn.k_proj"]),
+        quantized(clamp_val=[-1.0, 1.0]),
+        quantized(pre_quant_scale=True),
+        namespace(model_kwargs={"torch_dtype": torch.float16}),
+        namespace(model_kwargs={"torch_dtype": torch.bfloat16}),
+        namespace(force_dynamic_quantization=True),
+        namespace(),
+    ]
+    assert len(set(other)) == len(other)
+    assert quantized(exclude_modules=None, has_zero_point=False, clamp_val=None) == quantized()
+    # Nothing is quantized: the rest are defaults.
+    off = SimpleNamespace(quant_algo=None, kv_cache_quant_algo=None, group_size=128, smoothquant_val=0.5)
+    assert namespace(quant_config=off) == namespace()
 
 
 def test_saying_the_dtype_that_auto_means_changes_nothing():
