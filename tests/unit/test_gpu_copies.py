@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -103,6 +104,6 @@ def test_parts_of_blocks_are_together_the_blocks(sizes, cuts, pages):
             for at in range(int(size))
         ]
 
-    parts = [whole.part(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    parts = [whole.part(first, last) for first, last in pairwise(ends)]
     assert sorted(pair for part in parts for pair in bytes_of(part)) == sorted(bytes_of(whole))
     assert [part.block_bytes for part in parts] == np.diff(ends).tolist()
