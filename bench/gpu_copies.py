@@ -2,7 +2,9 @@
 
     python bench/gpu_copies.py [--mib 1024]
 
-Pages and slots in random order, so that no copy can be joined with the next; whole batches, medians of 7.
+Pages and slots in random order, so that no copy can be joined with the next; whole batches. Every round also
+copies all of it as one piece, which is what the bus gives at that moment: medians, lowest and highest, and the
+median of the ratios.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from kvtier.gpu.ranges import PageMap, Region
 from kvtier.tiers.memory import MemoryTier
 
 SIZES = [16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20]
-ROUNDS = 7
+ROUNDS = 11
 
 
 class OneByOne(CudaCopies):
@@ -63,10 +66,11 @@ def measure(total: int) -> list[dict[str, Any]]:
         for name, copies in (("batch", CudaCopies(device)), ("one by one", OneByOne(device))):
             mover = RawMover(page_map, copies)
             row: dict[str, Any] = {"block KiB": size >> 10, "blocks": count, "way": name}
-            for direction, move in (("to GPU", mover.load), ("from GPU", mover.save)):
-                row |= {
-                    f"{key}, {direction}": value for key, value in timed(move, blocks, size * count).items()
-                }
+            whole = np.array([[pool.data_ptr()], [host], [size * count]], dtype=np.uint64)
+            for direction, move, ends in (("to GPU", mover.load, (0, 1)), ("from GPU", mover.save, (1, 0))):
+                piece = partial(copies, whole[ends[0]], whole[ends[1]], whole[2])
+                found = timed(move, piece, blocks, size * count)
+                row |= {f"{key}, {direction}": value for key, value in found.items()}
             if name == "batch":
                 row |= both_ways(mover, blocks, size * count)
             rows.append(row)
@@ -89,21 +93,29 @@ def page_map_of(pool: torch.Tensor, arena: MemoryTier) -> tuple[RawMover, Blocks
     return mover, Blocks(np.ascontiguousarray(slots), [(page,) for page in range(count)])
 
 
-def timed(move: Callable[[Blocks, int], None], blocks: Blocks, total: int) -> dict[str, float]:
+def timed(
+    move: Callable[[Blocks, int], None], piece: Callable[[int], None], blocks: Blocks, total: int
+) -> dict[str, Any]:
+    """Measure blocks and one piece of the same size in turns."""
     stream = torch.cuda.Stream()
-    seconds, host = [], []
+    rates: list[list[float]] = [[], []]
+    host = []
     for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record(stream)
-        started = time.perf_counter()
-        move(blocks, stream.cuda_stream)
-        host.append(time.perf_counter() - started)
-        end.record(stream)
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
+        for rate, action in zip(rates, (partial(move, blocks), piece), strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record(stream)
+            started = time.perf_counter()
+            action(stream.cuda_stream)
+            if action is not piece:
+                host.append(time.perf_counter() - started)
+            end.record(stream)
+            torch.cuda.synchronize()
+            rate.append(total / begin.elapsed_time(end) / 1e6)
     return {
-        "GB/s": round(total / statistics.median(seconds) / 1e9, 1),
+        "GB/s": [round(pick(rates[0]), 1) for pick in (statistics.median, min, max)],
+        "GB/s as one piece": [round(pick(rates[1]), 1) for pick in (statistics.median, min, max)],
+        "ratio": round(statistics.median(a / b for a, b in zip(*rates, strict=True)), 3),
         "us a block": round(statistics.median(host) * 1e6 / len(blocks.slots), 2),
     }
 
