@@ -36,7 +36,7 @@ from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 
 TOKENS_PER_BLOCK = 32
 OUTPUT = 16
-KEPT = 3
+KEPT = 2
 """Prompts of each length that are asked again."""
 
 SHAPES = {
@@ -204,7 +204,7 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
 
 def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
     """Print how long each call of the connector takes for a cold prompt, until its first token is out."""
-    with bench.engine(bench.memory(2), explain=True) as engine:
+    with bench.engine(bench.memory(1), explain=True) as engine:
         connector = engine.connector
         assert connector is not None
         ask(engine, bench.prompt(lengths[0]))

@@ -3,8 +3,8 @@
     python bench/gpu_copies.py [--mib 1024]
 
 Pages and slots in random order, so that no copy can be joined with the next; whole batches. Every round also
-copies all of it as one piece, which is what the bus gives at that moment: medians, lowest and highest, and the
-median of the ratios.
+copies all of it as one piece, which is what the bus gives at that moment: medians, lowest and highest, and
+the median of the ratios.
 """
 
 from __future__ import annotations
