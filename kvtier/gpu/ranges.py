@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -12,6 +11,9 @@ from numpy.typing import NDArray
 
 NO_PAGE = -1
 """What stands for a page that a block does not have."""
+
+FEW = 16
+"""Ranges that are sooner made one by one than with arrays."""
 
 
 class Region(NamedTuple):
@@ -77,6 +79,7 @@ class PageMap:
         kept = [(region, start) for region, start in zip(regions, starts, strict=True) if region.size]
         regions = [region for region, _ in kept]
         self._groups = groups
+        self._kept = kept
         self._group = np.array([region.group for region in regions])
         self._pages = np.array([region.pages for region in regions], dtype=np.int64)
         self._base = np.array([region.base for region in regions], dtype=np.uint64)
@@ -100,6 +103,8 @@ class PageMap:
             IndexError: A page that the pool does not have.
             ValueError: Not one page for every group.
         """
+        if len(pages) * len(self._kept) <= FEW:
+            return self._few(slots, pages, whole)
         ids, kept = self._chosen(pages, whole)
         pool = self._base + ids.astype(np.uint64) * self._stride
         host = slots[:, None] + self._start
@@ -115,18 +120,13 @@ class PageMap:
             start: The first byte of each block.
             stop: The byte after the last.
         """
-        part = copy(self)
-        starts = self._start.astype(np.int64)
-        firsts = np.clip(starts, start, stop)
-        ends = np.clip(starts + self._size.astype(np.int64), start, stop)
-        kept = ends > firsts
-        skipped = (firsts - starts).astype(np.uint64)
-        part._group, part._pages, part._stride = self._group[kept], self._pages[kept], self._stride[kept]
-        part._base = (self._base + skipped)[kept]
-        part._start = firsts.astype(np.uint64)[kept]
-        part._size = (ends - firsts).astype(np.uint64)[kept]
-        part.block_bytes = int(part._size.sum())
-        return part
+        regions, starts = [], []
+        for region, first in self._kept:
+            begin, end = max(first, start), min(first + region.size, stop)
+            if begin < end:
+                regions.append(region._replace(base=region.base + begin - first, size=end - begin))
+                starts.append(begin)
+        return PageMap(regions, self._groups, sparse=self.sparse, starts=starts)
 
     def is_plain(self, alignment: int) -> bool:
         """Say whether every block is one range, without a page lacking, at a multiple of `alignment`."""
@@ -144,6 +144,21 @@ class PageMap:
         ids, _ = self._chosen(pages, True)
         starts: NDArray[np.uint64] = self._base[0] + ids[:, 0].astype(np.uint64) * self._stride[0]
         return starts
+
+    def _few(self, slots: NDArray[np.uint64], pages: Sequence[Sequence[int]], whole: bool) -> Ranges:
+        """Do what `ranges` does, one range after the other and without joining them."""
+        found: list[tuple[int, int, int]] = []
+        for slot, ids in zip(slots.tolist(), pages, strict=True):
+            if len(ids) != self._groups:
+                raise ValueError(f"{len(ids)} pages for {self._groups} groups")
+            for region, start in self._kept:
+                page = ids[region.group]
+                if 0 <= page < region.pages:
+                    found.append((region.base + region.stride * page, slot + start, region.size))
+                elif whole or not self.sparse or page != NO_PAGE:
+                    raise IndexError(f"page {page} is wanted, its pool has {region.pages}")
+        pool, host, sizes = np.array(found, dtype=np.uint64).reshape(len(found), 3).T.copy()
+        return Ranges(pool, host, sizes)
 
     def _chosen(
         self, pages: Sequence[Sequence[int]], whole: bool

@@ -206,7 +206,7 @@ def test_groups_without_a_page_are_skipped_when_loading_and_an_error_when_saving
     for pages in ((2, 1000), (2, -2)):
         with pytest.raises(IndexError):
             copy_in(pool, slot, pages)
-    with pytest.raises(ValueError, match="reshape"):
+    with pytest.raises(ValueError, match="1 pages for 2 groups"):
         copy_in(pool, slot, (2,))
 
 
@@ -282,7 +282,7 @@ def test_ranges_cover_the_bytes_of_all_blocks_and_no_others(data):
         base += stride * pages[group]
     sparse = data.draw(st.booleans())
     page_map = PageMap(regions, groups, sparse=sparse)
-    count = data.draw(st.integers(0, 6))
+    count = data.draw(st.integers(0, 20))
     wanted = [
         tuple(data.draw(st.integers(-1 if sparse else 0, limit - 1)) for limit in pages) for _ in range(count)
     ]
@@ -309,11 +309,25 @@ def test_ranges_cover_the_bytes_of_all_blocks_and_no_others(data):
 
 def test_blocks_that_follow_on_each_other_are_one_copy():
     page_map = PageMap([Region(0, 1 << 20, 64, 64, 100)], 1)
-    slots = np.array([0, 64, 128, 256, 320], dtype=np.uint64) + np.uint64(1 << 30)
-    pool, host, sizes = page_map.ranges(slots, [(3,), (4,), (6,), (7,), (8,)])
-    assert sizes.tolist() == [128, 64, 128]
+    pages = [3, 4, *range(6, 30)]
+    slots = np.array([0, 64, 128, *range(256, 256 + 23 * 64, 64)], dtype=np.uint64) + np.uint64(1 << 30)
+    pool, host, sizes = page_map.ranges(slots, [(page,) for page in pages])
+    assert sizes.tolist() == [128, 64, 23 * 64]
     assert pool.tolist() == [(1 << 20) + 64 * page for page in (3, 6, 7)]
     assert host.tolist() == [(1 << 30) + offset for offset in (0, 128, 256)]
+
+
+@pytest.mark.parametrize("blocks", [3, 30])
+def test_pages_that_there_are_not_are_refused_whatever_their_number(blocks):
+    page_map = PageMap([Region(0, 1 << 20, 64, 64, 100)], 1)
+    slots = np.arange(blocks, dtype=np.uint64) * np.uint64(64)
+    for wrong in (-1, -2, 100):
+        with pytest.raises(IndexError, match=f"page {wrong} is wanted, its pool has 100"):
+            page_map.ranges(slots, [*[(1,)] * (blocks - 1), (wrong,)])
+        with pytest.raises(IndexError):
+            page_map.ranges(slots, [*[(1,)] * (blocks - 1), (wrong,)], whole=False)
+    with pytest.raises(ValueError, match=r"reshape|2 pages for 1 groups"):
+        page_map.ranges(slots, [*[(1,)] * (blocks - 1), (1, 1)])
 
 
 def test_no_copy_spans_two_regions():
