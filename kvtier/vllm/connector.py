@@ -128,9 +128,9 @@ class KvTierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Name the pages that were promised and not loaded."""
         return self.worker.take_failed_pages()
 
-    def build_connector_worker_meta(self) -> WorkerMeta | None:
-        """Tell the scheduler's half of failed loads."""
-        return self.worker.take_meta()
+    def build_connector_worker_meta(self) -> WorkerMeta:
+        """Tell the scheduler's half that a step has ended, and of failed loads."""
+        return self.worker.meta()
 
     def get_kv_connector_stats(self) -> ConnectorStats | None:
         """Return what was counted since the last call."""

@@ -74,6 +74,7 @@ class EngineFacts:
             1 if latent else 2,
             row,
             shards=1 if latent else ranks,
+            head_dim=head_size,
         )
         on_cpu = _on_cpu()
         rows = "token, dim" if latent else _row_order(vllm_config, spec) if on_cpu else CANONICAL

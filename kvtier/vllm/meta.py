@@ -62,14 +62,16 @@ class ConnectorMeta(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class WorkerMeta(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """What a worker tells the scheduler.
+    """What a worker tells the scheduler at the end of a step.
 
     Attributes:
-        failed: The step whose loads failed.
+        step: The step.
+        failed: The last step whose loads failed, 0 if there was none.
     """
 
-    failed: int
+    step: int
+    failed: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMeta:
         """Return what two workers say together."""
-        return WorkerMeta(max(self.failed, other.failed))
+        return WorkerMeta(max(self.step, other.step), max(self.failed, other.failed))

@@ -9,19 +9,47 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtier.connector.transfer import Blocks, CudaTransfers, HostTransfers, RawMover, Transfers
-from kvtier.gpu.copies import CudaCopies, copy_on_host
+from kvtier.codec import PlaneSlots, SlotForm
+from kvtier.connector.transfer import Blocks, CudaTransfers, HostTransfers, Mover, RawMover, Transfers
+from kvtier.errors import ConfigError
+from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
+from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
 from kvtier.vllm.pool import LayerPool
 
 
-def transfers_for(pool: LayerPool) -> Transfers:
-    """Return what moves the blocks of a pool."""
+def transfers_for(pool: LayerPool, form: SlotForm) -> Transfers:
+    """Return what moves the blocks of a pool from and to slots of this form.
+
+    Raises:
+        ConfigError: The blocks of this pool cannot be taken apart.
+    """
+    mover: Mover
+    if isinstance(form, PlaneSlots):
+        mover = _plane_mover(pool, form)
+    elif pool.map:
+        mover = RawMover(pool.map, _copies(pool))
+    else:
+        mover = CudaMover(pool) if pool.device.type == "cuda" else HostMover(pool)
     if pool.device.type != "cuda":
-        return HostTransfers(RawMover(pool.map, copy_on_host) if pool.map else HostMover(pool))
+        return HostTransfers(mover)
     loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-    mover = RawMover(pool.map, CudaCopies(pool.device)) if pool.map else CudaMover(pool)
     return CudaTransfers(mover, loads, saves)
+
+
+def _copies(pool: LayerPool) -> Copy:
+    return CudaCopies(pool.device) if pool.device.type == "cuda" else copy_on_host
+
+
+def _plane_mover(pool: LayerPool, form: PlaneSlots) -> Mover:
+    if pool.map is None:
+        raise ConfigError("memory.format: planes needs a KV pool with heads before tokens (HND)")
+    if pool.device.type != "cuda":
+        return HostPlanes(form, pool.map)
+    try:
+        return CudaPlanes(form, pool.map, _copies(pool), pool.device)
+    except Exception as error:
+        raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
 
 
 class HostMover:

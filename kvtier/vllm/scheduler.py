@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +62,7 @@ class SchedulerHalf:
         self._adapters = Adapters()
         self._pace = ComputePace()
         # Tokens and beginning of the steps under way: the engine may order one before the last has ended.
-        self._under_way: deque[tuple[int, float]] = deque(maxlen=4)
+        self._under_way: dict[int, tuple[int, float]] = {}
         self._ended = 0.0
         self._lookup_wait = config.lookup_wait
         self._step = 0
@@ -162,14 +161,11 @@ class SchedulerHalf:
     @shielded(lambda: None)
     def update_connector_output(self, output: Any) -> None:
         """Hear that a step has ended, and of steps whose loads failed."""
-        if self._under_way:
-            tokens, begun = self._under_way.popleft()
-            now = time.monotonic()
-            self._pace.begins(tokens, max(begun, self._ended))
-            self._pace.begins(0, now)
-            self._ended = now
         told = getattr(output, "kv_connector_worker_meta", None)
-        if told is None or told.failed <= self._settled:
+        if told is None:
+            return
+        self._see_end(told.step)
+        if told.failed <= self._settled:
             return
         self._settled = told.failed
         self._counters.add("failed_steps")
@@ -250,6 +246,9 @@ class SchedulerHalf:
             until = store.hold(promise.lease) if store is not None else 0.0
             if store is not None and until > time.monotonic() and len(pages) == len(promise.slots):
                 self._counters.add("loaded_tokens", len(pages) * self._size)
+                if promise.first <= state.handled:
+                    # They lie in the arena: the agent need not be asked whether it wants them.
+                    state.handled = max(state.handled, promise.first + len(pages))
                 # The workers hold it from here on.
                 store.release(promise.lease, self.engine.ranks)
                 return Load(promise.lease, until, promise.slots, pages)
@@ -261,7 +260,8 @@ class SchedulerHalf:
     @shielded(_no_saves)
     def _saves(self, scheduler_output: Any, store: StoreClient | None) -> tuple[Save, ...]:
         if scheduler_output.total_num_scheduled_tokens:
-            self._under_way.append((int(scheduler_output.total_num_scheduled_tokens), time.monotonic()))
+            tokens = int(scheduler_output.total_num_scheduled_tokens)
+            self._under_way[self._step] = (tokens, time.monotonic())
         saves: list[Save] = []
         try:
             for state in self._advance(scheduler_output):
@@ -272,6 +272,17 @@ class SchedulerHalf:
                 store.abort([save.ticket for save in saves])
             raise
         return tuple(saves)
+
+    def _see_end(self, step: int) -> None:
+        """Learn from a step's end how fast the engine computes."""
+        tokens, begun = self._under_way.get(step, (0, 0.0))
+        for ended in [known for known in self._under_way if known <= step]:
+            del self._under_way[ended]
+        if tokens:
+            now = time.monotonic()
+            self._pace.begins(tokens, max(begun, self._ended))
+            self._pace.begins(0, now)
+            self._ended = now
 
     def _advance(self, scheduler_output: Any) -> list[RequestState]:
         """Take the coming step into its requests' states, and return these."""

@@ -17,6 +17,7 @@ import torch
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
+from kvtier.codec import slot_form
 from kvtier.config import load_config
 from kvtier.connector.guard import shielded
 from kvtier.connector.shared import SharedStore
@@ -69,7 +70,7 @@ class WorkerHalf:
         self._slots = SlotAddresses()
         self._orders: ConnectorMeta | None = None
         self._settled = 0
-        self._failed_step = self._told_step = 0
+        self._step = self._failed_step = 0
         self._failed_pages: set[int] = set()
         # The engine's thread, and the one that looks when copies have ended while the engine is idle.
         self._lock = threading.RLock()
@@ -84,14 +85,15 @@ class WorkerHalf:
 
         Raises:
             LayoutError: The pool is of a kind that kvtier refuses.
-            ConfigError: The store cannot be opened as configured.
+            ConfigError: The store cannot be opened as configured, or cannot hold this pool's blocks.
         """
         pool = LayerPool(kv_caches, self._blocks, self._engine)
         if pool.map is None and pool.device.type == "cuda":
             _log.warning("the KV pool has tokens before heads (NHD): every copy transposes, HND is faster")
         # Its map has addresses, which are good as long as its tensors are there.
         self._pool = pool
-        self._transfers = transfers_for(pool)
+        # The store opens slots of the same form, and an agent that has others lets nobody in.
+        self._transfers = transfers_for(pool, slot_form(self._engine.layout, self._config.memory.format))
         self._on_gpu = pool.device.type == "cuda"
         self._shared = open_part(self._config, self._engine, pool.device, self._engine.rank)
 
@@ -100,7 +102,7 @@ class WorkerHalf:
         """Take the orders of the coming step, and see that what it overwrites was read before."""
         with self._lock:
             former, self._orders = self._orders, orders
-            self._settled = orders.settled
+            self._step, self._settled = orders.step, orders.settled
             if former is not None and former.step != orders.step:
                 self._give_up(former)
             if self._transfers is None:
@@ -144,12 +146,9 @@ class WorkerHalf:
         failed, self._failed_pages = self._failed_pages, set()
         return failed
 
-    def take_meta(self) -> WorkerMeta | None:
+    def meta(self) -> WorkerMeta:
         """Return what the scheduler's half has to hear."""
-        if self._told_step == self._failed_step:
-            return None
-        self._told_step = self._failed_step
-        return WorkerMeta(self._failed_step)
+        return WorkerMeta(self._step, self._failed_step)
 
     def take_counts(self) -> dict[str, int | float]:
         """Return this half's counters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -11,18 +12,20 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm h
 import numpy as np
 import torch
 
+from kvtier.codec import PlaneSlots, RawSlots, slot_form
 from kvtier.connector.transfer import Blocks
+from kvtier.errors import ConfigError
 from kvtier.layout import BlockLayout
 from kvtier.store.base import ticket_slot
 from kvtier.vllm import worker as module
-from kvtier.vllm.meta import ConnectorMeta, Load, Save
+from kvtier.vllm.meta import ConnectorMeta, Load, Save, WorkerMeta
 from kvtier.vllm.movers import transfers_for
 from kvtier.vllm.pool import LayerPool
 from tests.s3_support import eventually
 from tests.store_support import chain, make_store
 
 HEADS, TOKENS, SIZE, LAYERS, BLOCKS = 2, 4, 8, 3, 6
-LAYOUT = BlockLayout("float32", TOKENS, LAYERS, 2, HEADS * TOKENS * SIZE)
+LAYOUT = BlockLayout("float32", TOKENS, LAYERS, 2, HEADS * TOKENS * SIZE, head_dim=SIZE)
 NAMES = tuple(f"layers.{n}" for n in range(LAYERS))
 
 
@@ -68,7 +71,7 @@ def test_every_layout_has_the_same_bytes_in_a_slot(name):
     engine, caches = pools()[name]
     pool = LayerPool(caches, BLOCKS, engine)
     assert (pool.map is not None) == (name == "HND")
-    mover = transfers_for(pool).mover
+    mover = transfers_for(pool, RawSlots(LAYOUT)).mover
     slots = torch.zeros(BLOCKS, LAYOUT.block_bytes, dtype=torch.uint8)
     addresses = [slot.data_ptr() for slot in slots]
     blocks = Blocks(np.array(addresses, dtype=np.uint64), [(n,) for n in range(BLOCKS)])
@@ -85,6 +88,28 @@ def test_every_layout_has_the_same_bytes_in_a_slot(name):
             mover.load(Blocks(blocks.slots[:1], [(page,)]), 0)
 
 
+def test_planes_are_for_pools_whose_blocks_lie_as_they_are_stored():
+    layout = dataclasses.replace(LAYOUT, dtype="bfloat16")
+    form = slot_form(layout, "planes")
+    assert isinstance(form, PlaneSlots)
+    engine, caches = pools()["NHD"]
+    engine.layout = layout
+    other = {name: cache.to(torch.bfloat16) for name, cache in caches.items()}
+    with pytest.raises(ConfigError, match="HND"):
+        transfers_for(LayerPool(other, BLOCKS, engine), form)
+    caches = {name: cache.to(torch.bfloat16) for name, cache in pools()["HND"][1].items()}
+    before = {name: cache.clone() for name, cache in caches.items()}
+    mover = transfers_for(LayerPool(caches, BLOCKS, engine), form).mover
+    slots = np.zeros((BLOCKS, form.shard_bytes), np.uint8)
+    addresses = np.array([slot.ctypes.data for slot in slots], dtype=np.uint64)
+    mover.save(Blocks(addresses, [(n,) for n in range(BLOCKS)]), 0)
+    assert all(form.whole(memoryview(slot)) for slot in slots)
+    for cache in caches.values():
+        cache.zero_()
+    mover.load(Blocks(addresses, [(n,) for n in range(BLOCKS)]), 0)
+    assert all(torch.equal(caches[name], before[name]) for name in NAMES)
+
+
 class Event:
     """Something that the GPU has still to do."""
 
@@ -99,7 +124,9 @@ def rig(monkeypatch):
     """A worker's half over a pool in host memory that it takes for a GPU's, and its store."""
     store = make_store(layout=LAYOUT)
     config = SimpleNamespace(num_blocks=BLOCKS)
-    monkeypatch.setattr(module, "load_config", lambda path: None)
+    monkeypatch.setattr(
+        module, "load_config", lambda path: SimpleNamespace(memory=SimpleNamespace(format="raw"))
+    )
     monkeypatch.setattr(module, "config_path", lambda vllm_config: None)
     monkeypatch.setattr(module.EngineFacts, "read", lambda *arguments: facts())
     monkeypatch.setattr(module, "open_part", lambda *arguments: SimpleNamespace(store=store))
@@ -153,7 +180,7 @@ def test_after_a_failed_load_nothing_is_saved_until_the_scheduler_knows(rig):
     half.load()
     half.save()
     assert half.take_failed_pages() == {4, 5}
-    assert half.take_meta().failed == 1
+    assert half.meta() == WorkerMeta(1, failed=1)
     half.bind(ConnectorMeta(2, saves=reserved(store, chain(1, seed=1))))
     half.save()
     assert half.take_counts()["save_failed_blocks"] == 2
