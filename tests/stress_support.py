@@ -217,6 +217,8 @@ class Stress:
         for _ in range(iterations):
             self._iterate()
         self._active.clear()
+        # What a pass that failed was to save is given up with the next one's orders.
+        self.rig.begin()
         self._gpu.synchronize()
         for _ in range(3):
             self.rig.worker.get_finished([], [])

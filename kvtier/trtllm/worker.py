@@ -112,7 +112,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             if self._transfers is not None:
                 # A pass that failed in the middle has not waited for its last layers.
                 self._transfers.settle(stream)
-                self._by_layer = False
+                self._by_layer = self._hooks.watching = False
                 self._transfers.order(stream, self._behind)
                 self._behind = 0
             if loads:

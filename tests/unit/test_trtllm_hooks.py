@@ -147,6 +147,23 @@ def test_a_layer_without_its_hook_ends_the_engine(loading):
     assert worker.stats()["saved_blocks"] == saved
 
 
+def test_a_pass_that_failed_does_not_count(loading):
+    assert loading.iterate([0, 1], [4, 5, 6, 7])
+    request = FakeRequest(50, [*loading.tokens, 1])
+    assert loading.rig.leader.get_num_new_matched_tokens(request, 0) == (4 * SIZE, False)
+    loading.rig.leader.update_state_after_alloc(request, [8, 9, 10, 11, 31])
+    loading.rig.begin([loading.rig.data(request, request.tokens, [8, 9, 10, 11, 31], 0, 1)])
+    loading.rig.worker.start_load_kv(loading.gpu.engine)
+    loading.rig.worker.wait_for_layer_load(0, loading.gpu.engine)
+    loading.rig.worker.get_finished([], [])
+    loading.rig.begin()
+    loading.rig.worker.start_load_kv(loading.gpu.engine)
+    for layer in range(LAYERS):
+        loading.rig.worker.wait_for_layer_load(layer, loading.gpu.engine)
+    loading.rig.worker.wait_for_save(loading.gpu.engine)
+    assert loading.rig.worker._hooks.certain(LAYERS)
+
+
 def test_without_hooks_everything_is_loaded_before_the_pass(loading):
     for first in (4, 8):
         pages = list(range(first, first + 4))
