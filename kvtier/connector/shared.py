@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -41,7 +42,9 @@ class SharedStore:
 
     def __post_init__(self) -> None:
         """Arrange for the end."""
-        self._end = weakref.finalize(self, _close, self.store, self.pinned, self.flush_seconds, self.device)
+        self._end = weakref.finalize(
+            self, _close, os.getpid(), self.store, self.pinned, self.flush_seconds, self.device
+        )
 
     def close(self) -> None:
         """Flush and close now; a second call does nothing."""
@@ -153,8 +156,15 @@ def _pin_arena(store: StoreClient, device: torch.device) -> PinnedMemory | None:
 
 
 def _close(
-    store: StoreClient, pinned: PinnedMemory | None, seconds: float, device: torch.device | None
+    process: int,
+    store: StoreClient,
+    pinned: PinnedMemory | None,
+    seconds: float,
+    device: torch.device | None,
 ) -> None:
+    if os.getpid() != process:
+        # A forked child has the store's connections and files, and none of its threads: it is the parent's.
+        return
     if device is not None:
         # Whoever gets these slots next must not be written over by copies that nobody waits for any more.
         with suppress(RuntimeError):
