@@ -140,8 +140,10 @@ def measure(blocks: Sequence[memoryview], layout: BlockLayout) -> dict[str, Any]
 def _load(path: Path) -> np.ndarray[Any, Any]:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--input {path}: not a readable .npy file: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--input {path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--input {path}: is no array of numbers in a .npy file") from error
     if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0:
         raise ConfigError(f"--input {path}: expected an array [block, ...] with at least one element")
     return np.ascontiguousarray(array)

