@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from kvtier.cli.s3server import S3Server
 from tests.s3_support import BUCKET, S3Place, place_on
+
+# How long an example takes is not the test's business: the machine may be busy.
+settings.register_profile("kvtier", deadline=None)
+settings.load_profile("kvtier")
 
 
 @pytest.fixture(scope="session")

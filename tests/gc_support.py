@@ -77,4 +77,4 @@ class Yard:
 
     def listed(self) -> set[bytes]:
         """The names of the packs that a node which starts now would know."""
-        return set(take_survey(self.bucket, "p", NAMESPACE.hex).packs)
+        return set(take_survey(self.bucket, "p", NAMESPACE.hex).index.names())

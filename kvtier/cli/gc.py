@@ -118,7 +118,7 @@ def _show(plan: Plan, done: dict[str, int] | None, json_out: bool) -> None:
     if json_out:
         report = {
             "dry_run": done is None,
-            "packs": sum(len(survey.packs) for survey in plan.surveys.values()),
+            "packs": plan.packs,
             "bytes": plan.size,
             "waiting_packs": len(plan.waiting),
             "waiting_bytes": waiting,

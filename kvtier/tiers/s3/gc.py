@@ -22,7 +22,7 @@ from kvtier.layout import BlockLayout
 from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
 from kvtier.tiers.s3.heat import fold_heat
 from kvtier.tiers.s3.keys import Keys
-from kvtier.tiers.s3.lifecycle import StoredPack, Verdict, choose, spread_use
+from kvtier.tiers.s3.lifecycle import StoredPack, Verdict, choose
 from kvtier.tiers.s3.merge import Verify, merge, mergeable
 from kvtier.tiers.s3.namespaces import find_namespaces, read_facts
 from kvtier.tiers.s3.pace import Pace
@@ -81,7 +81,13 @@ class Plan:
     @property
     def size(self) -> int:
         """Bytes of all packs that are in the index."""
-        return sum(pack.size for survey in self.surveys.values() for pack in survey.packs.values())
+        rows = [survey.holdings.rows for survey in self.surveys.values()]
+        return sum(int(some["size"][some["indexed"]].sum()) for some in rows)
+
+    @property
+    def packs(self) -> int:
+        """How many packs are in the index."""
+        return sum(int(survey.holdings.rows["indexed"].sum()) for survey in self.surveys.values())
 
 
 @dataclass(slots=True)
@@ -144,12 +150,11 @@ class Collector:
                 self._step(lease)
             plan.surveys[name] = take_survey(self._bucket, self._prefix, name)
         surveys = list(plan.surveys.values())
-        spread_use(pack for survey in surveys for pack in (*survey.packs.values(), *survey.buried.values()))
         for survey in surveys:
+            survey.holdings.spread_use()
             self._judge_buried(survey, plan)
-        now = self._bucket.server_time()
-        everything = [pack for survey in surveys for pack in (*survey.packs.values(), *survey.unreadable)]
-        plan.verdicts = choose(everything, now, self._ttl, self._quota)
+        holdings = [survey.holdings for survey in surveys]
+        plan.verdicts = choose(holdings, self._bucket.server_time(), self._ttl, self._quota)
         leaving = [verdict.pack for verdict in plan.verdicts]
         for survey in surveys:
             window = self._window(survey.name)
@@ -184,7 +189,8 @@ class Collector:
 
     def _judge_buried(self, survey: Survey, plan: Plan) -> None:
         # The later in its chain, the earlier a pack goes: no child is left behind, wherever this ends.
-        for pack in sorted(survey.buried.values(), key=lambda pack: -pack.position):
+        buried = survey.holdings.stored(survey.holdings.rows["buried"])
+        for pack in sorted(buried, key=lambda pack: -pack.position):
             grave = survey.graves[pack.name]
             if grave.listed or pack.used >= grave.since:
                 if pack.count:
@@ -211,13 +217,12 @@ class Collector:
     def _publish(self, survey: Survey, packs: Sequence[Pack]) -> None:
         if packs:
             for body in write_segments(PackTable.of(packs), bytes.fromhex(survey.name)):
-                when = self._after(survey, (pack.name for pack in packs))
+                when = self._after(survey, [pack.name for pack in packs])
                 self._bucket.put(survey.keys.new_segment(when), body)
 
-    def _after(self, survey: Survey, names: Iterable[bytes]) -> int:
+    def _after(self, survey: Survey, names: Sequence[bytes]) -> int:
         """Return the time for what is said of packs now: it sorts after all that was said of them before."""
-        said = (survey.said.get(name, 0) + 1 for name in names)
-        return max(int(self._bucket.server_time() * 1e9), *said)
+        return max(int(self._bucket.server_time() * 1e9), survey.last_mention(names) + 1)
 
     def _revive(self, survey: Survey, packs: Iterable[StoredPack]) -> int:
         known = [pack for stored in packs if (pack := survey.buried_index.pack(stored.name)) is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from kvtier.hashing import HASH_BYTES
 from kvtier.tiers.s3 import index_kernels as kernels
 from kvtier.tiers.s3.pack import Pack
-from kvtier.tiers.s3.pack_table import BLOCK_ROW, PACK_ROW, PackTable
+from kvtier.tiers.s3.pack_table import BLOCK_ROW, PACK_ROW, PackTable, spread_rows
+from kvtier.tiers.s3.pack_view import Holders, PackView
 
 _GROWTH = 1.25
 _FIRST_ROWS = 1024
@@ -112,14 +113,26 @@ class BlockIndex:
         with self._lock:
             return list(self._names)
 
-    def packs(self) -> tuple[PackTable, Array]:
-        """Return all packs in the order in which they were listed, and how many blocks each is read for."""
+    def packs(self) -> PackView:
+        """Return all packs."""
         with self._lock:
-            places = sorted(self._names.values())
             columns = self._columns
+            places = np.flatnonzero(columns.entries[: self._used_packs] != _REMOVED)
             rows = columns.slots[columns.slots > 0] - 1
             served = np.bincount(columns.owners[rows], minlength=self._used_packs)
-            return (self._table(places) if places else PackTable.of([])), served[places]
+            lasts = columns.hashes[self._firsts[places] + self._counts[places] - 1]
+            return PackView(
+                columns.packs[places],
+                _as_hashes(lasts),
+                served[places],
+                Holders(columns.slots, columns.hashes, columns.owners, self._seed, places),
+            )
+
+    def table(self, names: Iterable[bytes]) -> PackTable:
+        """Return those packs of these names that are known."""
+        with self._lock:
+            places = [place for name in names if (place := self._names.get(name)) is not None]
+            return self._table(places)
 
     def add(self, packs: PackTable | Iterable[Pack]) -> None:
         """Add packs. One that is known under the same name replaces what was known if it differs.
@@ -196,26 +209,32 @@ class BlockIndex:
         return rows
 
     def _add(self, table: PackTable, names: list[bytes]) -> None:
-        fresh, starts = [], table.starts().tolist()
-        for place, name in enumerate(names):
-            known = self._names.get(name)
-            if known is not None:
-                row = self._firsts[known]
-                mine = (
-                    self._columns.packs[known].tobytes(),
-                    self._blocks(slice(row, row + self._counts[known])),
-                )
-                theirs = table.packs[place].tobytes(), table.blocks[starts[place] : starts[place + 1]]
-                if mine[0] == theirs[0] and mine[1].tobytes() == theirs[1].tobytes():
-                    # Entered again: its blocks may have been lost with a larger pack.
-                    self._enter(known, known + 1)
-                    continue
-                self._remove(name)
-            fresh.append(place)
-        if fresh:
-            self._append(table.take(fresh))
+        places = np.fromiter((self._names.get(name, -1) for name in names), np.int64, len(names))
+        known = np.flatnonzero(places >= 0)
+        if len(known):
+            same = self._says_the_same(table, known, places[known])
+            for place in known[~same].tolist():
+                self._remove(names[place])
+            # Entered again: their blocks may have been lost with a larger pack.
+            for first, last in _runs(places[known[same]]):
+                self._enter(first, last)
+            places[known[~same]] = -1
+        fresh = np.flatnonzero(places < 0)
+        if len(fresh):
+            self._append(table.take(fresh.tolist()))
         if self._dead > max(_FEWEST_DEAD, self._used // 2):
             self._compact()
+
+    def _says_the_same(self, table: PackTable, chosen: Array, places: Array) -> Array:
+        """Tell for each of the `chosen` packs of a table whether it is as the one that we have at a place."""
+        same: Array = table.packs[chosen] == self._columns.packs[places]
+        alike = np.flatnonzero(same)
+        if len(alike):
+            counts = self._counts[places[alike]].astype(np.int64)
+            theirs = table.blocks[spread_rows(table.starts()[chosen[alike]], counts)]
+            ours = self._blocks(spread_rows(self._firsts[places[alike]], counts))
+            same[alike] = np.logical_and.reduceat(theirs == ours, np.cumsum(counts) - counts)
+        return same
 
     def _append(self, table: PackTable) -> None:
         self._make_room(len(table.blocks), len(table))
@@ -232,8 +251,7 @@ class BlockIndex:
         columns.entries[first:last] = np.arange(self._entries + 1 - len(table), self._entries + 1)
         self._firsts[first:last] = start + np.cumsum(counts) - counts
         self._counts[first:last] = counts
-        for place, name in enumerate(table.names(), first):
-            self._names[name] = place
+        self._names.update(zip(table.names(), range(first, last), strict=True))
         self._used, self._used_packs = end, last
         self._enter(first, last)
 
@@ -271,15 +289,15 @@ class BlockIndex:
 
     def _table(self, places: Sequence[int]) -> PackTable:
         """Return packs as a table of their own."""
-        spans = [(int(self._firsts[place]), int(self._counts[place])) for place in places]
-        rows = np.concatenate([np.arange(start, start + count) for start, count in spans])
-        return PackTable(self._columns.packs[np.asarray(places, np.int64)], self._blocks(rows))
+        chosen = np.asarray(places, np.int64)
+        rows = spread_rows(self._firsts[chosen], self._counts[chosen].astype(np.int64))
+        return PackTable(self._columns.packs[chosen], self._blocks(rows))
 
     def _blocks(self, rows: Any) -> Array:
         columns = self._columns
         chosen = columns.hashes[rows]
         blocks = np.empty(len(chosen), BLOCK_ROW)
-        blocks["hash"] = np.frombuffer(chosen.tobytes(), "V16")
+        blocks["hash"] = _as_hashes(chosen)
         blocks["offset"], blocks["length"] = columns.offsets[rows], columns.lengths[rows]
         return blocks
 
@@ -336,6 +354,17 @@ def _grown(column: Array, size: int) -> Array:
     larger = np.zeros((size, *column.shape[1:]), column.dtype)
     larger[: len(column)] = column
     return larger
+
+
+def _runs(places: Array) -> Iterator[tuple[int, int]]:
+    """Give the runs of consecutive numbers, each as its first and the one behind its last."""
+    cuts = np.flatnonzero(np.diff(places) != 1) + 1
+    for run in np.split(places, cuts) if len(places) else ():
+        yield int(run[0]), int(run[-1]) + 1
+
+
+def _as_hashes(words: Array) -> Array:
+    return np.frombuffer(words.tobytes(), "V16")
 
 
 def _words(hashes: Sequence[bytes]) -> Array:

@@ -63,8 +63,12 @@ def find_runs(packs: Iterable[StoredPack], window: int, settled: float) -> list[
 
 def mergeable(survey: Survey, window: int, leaving: Iterable[StoredPack]) -> list[list[StoredPack]]:
     """Return the runs of a namespace that are worth merging, those that are `leaving` left out."""
-    out = set(leaving)
-    staying = [pack for pack in survey.packs.values() if not pack.superseded and pack not in out]
+    rows = survey.holdings.rows
+    first, behind = rows["position"] % window, (rows["position"] + rows["count"]) % window
+    # Whole packs are neither merged nor continued within their window.
+    short = rows["indexed"] & ~rows["superseded"] & ((first != 0) | (behind != 0))
+    out = {pack.name for pack in leaving if pack.namespace == survey.name}
+    staying = [pack for pack in survey.holdings.stored(short) if pack.name not in out]
     return find_runs(staying, window, survey.taken - SETTLED_SECONDS)
 
 

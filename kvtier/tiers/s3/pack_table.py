@@ -70,11 +70,10 @@ class PackTable:
         """Return a table of the packs at these places."""
         if len(chosen) == len(self):
             return self
-        starts = self.starts()
-        rows = [self.blocks[starts[place] : starts[place + 1]] for place in chosen]
-        return PackTable(
-            self.packs[np.asarray(chosen, np.int64)], np.concatenate([np.empty(0, BLOCK_ROW), *rows])
-        )
+        places = np.asarray(chosen, np.int64)
+        packs = self.packs[places]
+        rows = spread_rows(self.starts()[places], packs["count"].astype(np.int64))
+        return PackTable(packs, self.blocks[rows])
 
     def pack(self, place: int) -> Pack:
         """Return one pack by itself."""
@@ -118,3 +117,10 @@ class PackTable:
             raise CorruptBlock("an index lists an impossible block")
         if (ends[starts[1:] - 1] > self.packs["size"]).any():
             raise CorruptBlock("an index lists blocks up to beyond the end of their pack")
+
+
+def spread_rows(firsts: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the rows that begin at `firsts`, so many from each on, as one array of indices."""
+    ends = np.cumsum(counts)
+    rows: np.ndarray[Any, Any] = np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)
+    return rows

@@ -5,16 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from kvtier.codec import check_block
 from kvtier.errors import CorruptBlock
 from kvtier.tiers.base import Buffer, StoredBlock, Tier
 from kvtier.tiers.s3.heat import Use
 from kvtier.tiers.s3.index import BlockIndex
+from kvtier.tiers.s3.lifecycle import upwards
 from kvtier.tiers.s3.merge import Verify
 from kvtier.tiers.s3.pace import Pace
+from kvtier.tiers.s3.pack_view import PackView
 
 _BATCH_BYTES = 64 << 20
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +61,29 @@ def hottest(index: BlockIndex, uses: Mapping[bytes, Use], now: float, limit: int
         now: Seconds since 1970 by the server's clock.
         limit: Bytes of all packs together.
     """
-    table, served = index.packs()
-    names = table.names()
-    places = {name: place for place, name in enumerate(names)}
-    parents = [
-        places.get(found.pack.name) if found is not None else None
-        for found in index.locate([parent.tobytes() for parent in table.packs["parent"]])
-    ]
-    positions = table.packs["position"].tolist()
-    heat = [0.0] * len(names)
-    for (_, use), found in zip(uses.items(), index.locate(uses), strict=True):
-        if found is not None and found.pack.name in places:
-            heat[places[found.pack.name]] += use.count_at(now)
-    for place in sorted(range(len(names)), key=lambda place: -positions[place]):
-        above = parents[place]
-        if above is not None and positions[above] < positions[place]:
-            heat[above] += heat[place]
+    view = index.packs()
+    sizes, positions = view.rows["size"].astype(np.int64), view.rows["position"].astype(np.int64)
+    parents = view.holders.find(view.rows["parent"])
+    heat = np.zeros(len(sizes))
+    used = view.holders.find(np.frombuffer(b"".join(uses), "V16"))
+    counts = np.fromiter((use.count_at(now) for use in uses.values()), np.float64, len(uses))
+    np.add.at(heat, used[used >= 0], counts[used >= 0])
+    for children, above in upwards(positions, parents):
+        np.add.at(heat, above, heat[children])
+    # Listed later, written later.
+    order = np.lexsort((-np.arange(len(heat)), -heat))
     chosen: dict[int, None] = {}
     left = limit
-    for place in sorted(range(len(names)), key=lambda place: (-heat[place], -place)):
+    for place in order.tolist():
         for step in _lineage(place, parents, positions, chosen):
-            size = int(table.packs["size"][step])
-            if step in chosen or not served[step]:
+            size = int(sizes[step])
+            if step in chosen or not view.served[step]:
                 continue
             if size > left:
-                return [_whole(index, names[done]) for done in chosen]
+                return [_whole(index, view, done) for done in chosen]
             chosen[step] = None
             left -= size
-    return [_whole(index, names[done]) for done in chosen]
+    return [_whole(index, view, done) for done in chosen]
 
 
 def prefix(index: BlockIndex, hashes: Sequence[bytes], root: bytes) -> Wanted | None:
@@ -170,20 +171,18 @@ class Warmer:
         self._source.read(list(missing), deliver)
 
 
-def _lineage(
-    place: int, parents: Sequence[int | None], positions: Sequence[int], chosen: Mapping[int, None]
-) -> list[int]:
+def _lineage(place: int, parents: Array, positions: Array, chosen: Mapping[int, None]) -> list[int]:
     """Return a pack and those before it in its chain up to one that is chosen, the first of them first."""
     line = [place]
-    while (above := parents[line[-1]]) is not None and positions[above] < positions[line[-1]]:
+    while (above := int(parents[line[-1]])) >= 0 and positions[above] < positions[line[-1]]:
         if above in chosen:
             break
         line.append(above)
     return line[::-1]
 
 
-def _whole(index: BlockIndex, name: bytes) -> Wanted:
-    pack = index.pack(name)
+def _whole(index: BlockIndex, view: PackView, place: int) -> Wanted:
+    pack = index.pack(view.rows["name"][place].tobytes())
     if pack is None:
         return Wanted((), b"", 0, 0)
     return Wanted(pack.hashes, pack.parent, pack.position, pack.size)
