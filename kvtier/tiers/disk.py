@@ -28,6 +28,8 @@ _Job = TypeVar("_Job")
 
 _MAX_SHARDS = 8
 _THREADS = 4
+# Who reads a block also decodes it, which takes most of the time: more threads than that gain nothing.
+_READERS = max(_THREADS, min(8, (os.cpu_count() or 1) // 2))
 _BLOCKS_PER_SHARD = 64
 _MIN_BLOCKS = 16
 _OPEN_SECONDS = 10.0
@@ -108,7 +110,7 @@ class DiskTier:
         ]
         self._shards = shards[::-1]
         # A connection to a shard belongs to the thread that made it: nobody else can close it.
-        self._readers = Workers("disk-read", _THREADS - 1, at_end=self._disconnect)
+        self._readers = Workers("disk-read", _READERS - 1, at_end=self._disconnect)
         self._writers = Workers("disk-write", _THREADS - 1, at_end=self._disconnect)
         self._opened = threading.Event()
         self._stop = threading.Event()
@@ -141,7 +143,7 @@ class DiskTier:
             except Exception as error:  # noqa: BLE001 - one receiver's defect must not cost the others their blocks
                 log_once(_logger, "deliver", "a receiver of blocks raised %r", error)
 
-        _share(self._readers, list(enumerate(hashes)), read_one)
+        _share(self._readers, _READERS, list(enumerate(hashes)), read_one)
 
     def write(self, blocks: Sequence[StoredBlock]) -> int:
         """Write blocks that are not held yet; larger ones than `max_payload_bytes` are refused."""
@@ -156,7 +158,7 @@ class DiskTier:
                 if self._shard(block.hash).write(block.hash, payload):
                     held.append(block.hash)
 
-        _share(self._writers, blocks, write_one)
+        _share(self._writers, _THREADS, blocks, write_one)
         return len(held)
 
     def discard(self, hashes: Sequence[bytes]) -> None:
@@ -261,7 +263,7 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _share(pool: Workers, jobs: Sequence[_Job], work: Callable[[_Job], None]) -> None:
+def _share(pool: Workers, threads: int, jobs: Sequence[_Job], work: Callable[[_Job], None]) -> None:
     """Do `work` on every job, begun in order, in this thread and those of the pool that are free."""
     queue: SimpleQueue[_Job] = SimpleQueue()
     for job in jobs:
@@ -276,7 +278,7 @@ def _share(pool: Workers, jobs: Sequence[_Job], work: Callable[[_Job], None]) ->
             work(job)
 
     # A closed pool takes no more jobs: this thread finishes alone.
-    helpers: list[Future[None]] = [pool.submit(drain) for _ in range(min(len(jobs), _THREADS) - 1)]
+    helpers: list[Future[None]] = [pool.submit(drain) for _ in range(min(len(jobs), threads) - 1)]
     drain()
     for helper in helpers:
         if not helper.cancel():
