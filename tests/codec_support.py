@@ -115,7 +115,8 @@ def read_nibbles(data: bytes, sections: list[tuple[int, ...]], stored: list[byte
     blocks = []
     for shard in range(shards):
         *frames, listed = stored[shard * per_shard : (shard + 1) * per_shard]
-        small = np.frombuffer(b"".join(zstandard.decompress(frame) for frame in frames), np.uint8)
+        table = sections[shard * per_shard :]
+        small = np.frombuffer(b"".join(map(read_section, table, frames)), np.uint8)
         channels = kv * layers * heads * dim
         bases = small[:channels].reshape(kv, layers, heads, 1, dim)
         packed = small[channels:].reshape(kv, layers, heads, pairs, dim)
@@ -131,6 +132,18 @@ def read_nibbles(data: bytes, sections: list[tuple[int, ...]], stored: list[byte
             low = unpair(rest.reshape(layers, kv, heads, pairs, dim))[..., :tokens, :].reshape(-1)
             blocks.append(((low & 8) << 4 | (exponents & 15) << 3 | low & 7).tobytes())
     return b"".join(blocks)
+
+
+def read_section(section: tuple[int, ...], data: bytes) -> bytes:
+    """Decode a section of codec 2 that is a frame, or nibbles of which one half is."""
+    encoding, _, _, raw_bytes, _ = section
+    if encoding == 1:
+        return zstandard.decompress(data)
+    half = (raw_bytes + 1) // 2
+    low = np.frombuffer(data[:half], np.uint8)
+    high = np.frombuffer(zstandard.decompress(data[half:]), np.uint8)
+    first, second = low & 0x33 | (high & 0x33) << 2, low >> 2 & 0x33 | high & 0xCC
+    return (first.tobytes() + second.tobytes())[:raw_bytes]
 
 
 def unpair(packed: np.ndarray) -> np.ndarray:

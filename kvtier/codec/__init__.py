@@ -3,6 +3,7 @@
 from kvtier.codec.block import BlockCodec, check_block
 from kvtier.codec.format import BlockHeader, Section, read_header
 from kvtier.codec.slots import PlaneSlots, RawSlots, SlotForm, slot_form
+from kvtier.codec.source import StoredFile
 
 __all__ = [
     "BlockCodec",
@@ -11,6 +12,7 @@ __all__ = [
     "RawSlots",
     "Section",
     "SlotForm",
+    "StoredFile",
     "check_block",
     "read_header",
     "slot_form",

@@ -16,19 +16,24 @@ from kvtier.codec.format import (
     PLAIN,
     PLANES,
     RAW,
+    TOTAL_BYTES_AT,
     BlockHeader,
     Buffer,
+    Expected,
     Piece,
     Section,
     header_bytes,
     layout_codes,
+    pack_fixed,
     pack_header,
     read_header,
 )
 from kvtier.codec.kernels import Bytes
+from kvtier.codec.native import NativeDecoder
 from kvtier.codec.nibble_codec import NibbleCodec
 from kvtier.codec.nibbles import nibble_shape
 from kvtier.codec.slots import PlaneSlots, RawSlots, SlotForm
+from kvtier.codec.source import StoredFile
 from kvtier.errors import CorruptBlock, SlotMisfit
 from kvtier.layout import BlockLayout
 
@@ -73,6 +78,13 @@ class BlockCodec:
         # Blocks name the size of their heads; another than this node's own is rare.
         shape = nibble_shape(layout)
         self._nibbles = NibbleCodec(shape) if shape is not None else None
+        self._native: NativeDecoder | None = None
+        if self._nibbles is not None and native.functions is not None:
+            self._native = NativeDecoder(self._nibbles.shape, self._nibbles.frames, self._planes)
+            # Up to the total length.
+            self._fixed = pack_fixed(
+                NIBBLES, layout, len(self._nibbles.sections), 0, bytes(ID_BYTES), self.namespace
+            )[:TOTAL_BYTES_AT]
 
     def encode(self, block_hash: bytes, slot: Buffer) -> memoryview:
         """Encode one block.
@@ -103,12 +115,12 @@ class BlockCodec:
             self._planes.merge(slot, raw)
         return self._encode_raw(block_hash, raw)
 
-    def decode(self, block_hash: bytes, encoded: Buffer, out: bytearray | memoryview) -> None:
+    def decode(self, block_hash: bytes, encoded: Buffer | StoredFile, out: bytearray | memoryview) -> None:
         """Verify an encoded block and decode it into `out`.
 
         Args:
             block_hash: The identity that the block must have, 16 bytes.
-            encoded: The encoded block; any bytes at all are safe.
+            encoded: The encoded block, in memory or in a file; any bytes at all are safe.
             out: Writable room of exactly `form.slot_bytes`; for planes at a multiple of 4 bytes. After
                 `CorruptBlock` or `SlotMisfit` it may hold garbage.
 
@@ -120,21 +132,27 @@ class BlockCodec:
         room = memoryview(out)
         if room.readonly:
             raise ValueError("the room for the decoded block is read-only")
-        view = memoryview(encoded).cast("B").toreadonly()
-        if len(view) > self.max_encoded_bytes:
-            raise CorruptBlock(f"{len(view)} bytes are more than any block of this layout")
+        if room.nbytes != self.form.slot_bytes:
+            raise ValueError(f"a block needs a slot of {self.form.slot_bytes} bytes, got {room.nbytes}")
+        length = encoded.length if isinstance(encoded, StoredFile) else memoryview(encoded).nbytes
+        if length > self.max_encoded_bytes:
+            raise CorruptBlock(f"{length} bytes are more than any block of this layout")
+        if self._native is not None:
+            fixed = b"".join((self._fixed, length.to_bytes(4, "little"), block_hash, self.namespace))
+            if self._native.decode(fixed, encoded, length, np.frombuffer(room, np.uint8)):
+                return
+        # What fails there is corrupt, or of another kind; here it is decoded, or an error says what is wrong.
+        view = memoryview(encoded.read() if isinstance(encoded, StoredFile) else encoded)
+        self._decode_by_sections(block_hash, view.cast("B").toreadonly(), room)
+
+    def _decode_by_sections(self, block_hash: bytes, view: memoryview, room: memoryview) -> None:
         header = read_header(view)
         self._check_identity(header, block_hash, len(view))
         if self._planes is None:
             self._decode_raw(header, view, self._block_array(room))
         elif header.codec == NIBBLES and header.layout.head_dim == self.layout.head_dim:
             shards = self._planes.planes(room)
-            nibbles = self._own_nibbles(header)
-            if native.sections_decoder is not None:
-                _check_gaps(view, header)
-                nibbles.decode_at_once(native.sections_decoder, view, header.sections, shards)
-            else:
-                nibbles.decode(_verified(view, header), shards)
+            self._own_nibbles(header).decode(header.sections, _verified(view, header), shards)
             self._planes.complete(room, shards)
         else:
             raw = np.empty(self.layout.block_bytes, np.uint8)
@@ -149,12 +167,8 @@ class BlockCodec:
             np.copyto(raw, np.frombuffer(next(stored), np.uint8))
         elif header.codec == PLANES:
             self._bytes.decode(stored, raw)
-        elif native.sections_decoder is not None:
-            _check_gaps(view, header)
-            nibbles = self._own_nibbles(header)
-            nibbles.decode_raw_at_once(native.sections_decoder, view, header.sections, raw)
         else:
-            self._own_nibbles(header).decode_raw(stored, raw)
+            self._own_nibbles(header).decode_raw(header.sections, stored, raw)
 
     def _encode_raw(self, block_hash: bytes, raw: Bytes) -> memoryview:
         pieces = self._bytes.encode(raw)
@@ -215,14 +229,14 @@ class BlockCodec:
             raise CorruptBlock(f"another block: {header.block_hash.hex()} instead of {block_hash.hex()}")
         expected = self._expected(header)
         if len(expected) != len(header.sections) or any(
-            section.encoding != encoding or raw_bytes not in (None, section.raw_bytes)
-            for section, (encoding, raw_bytes) in zip(header.sections, expected, strict=True)
+            section.encoding not in encodings or raw_bytes not in (None, section.raw_bytes)
+            for section, (encodings, raw_bytes) in zip(header.sections, expected, strict=True)
         ):
             raise CorruptBlock("the sections are not those of this layout")
 
-    def _expected(self, header: BlockHeader) -> list[tuple[int, int | None]]:
+    def _expected(self, header: BlockHeader) -> list[Expected]:
         if header.codec == RAW:
-            return [(PLAIN, self.layout.block_bytes)]
+            return [Expected((PLAIN,), self.layout.block_bytes)]
         return self._bytes.sections if header.codec == PLANES else self._own_nibbles(header).sections
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kvtier.codec.format import PLAIN, ZSTD, Piece
+from kvtier.codec.format import PLAIN, ZSTD, Expected, Piece
 from kvtier.codec.kernels import Bytes
 from kvtier.codec.planes import Scheme, decompress, decompressor, frame_cuts, scheme_for
 from kvtier.layout import BlockLayout
@@ -33,7 +33,7 @@ class ByteCodec:
     """Encodes and decodes raw blocks of one layout; thread-safe.
 
     Attributes:
-        sections: What the table of sections must say: encodings and raw lengths.
+        sections: What the table of sections must say.
     """
 
     def __init__(self, layout: BlockLayout) -> None:
@@ -44,10 +44,8 @@ class ByteCodec:
         cuts = frame_cuts(rows * self._scheme.plane_row_bytes, layout.kv_factor)
         self._workspace = _Workspace(self._scheme, rows, layout.kv_factor, cuts)
         rest_bytes = rows * layout.kv_factor * self._scheme.rest_row_bytes
-        frames: list[tuple[int, int | None]] = [
-            (ZSTD, stop - start) for start, stop in itertools.pairwise(cuts)
-        ]
-        self.sections = frames + [(PLAIN, rest_bytes)] * (rest_bytes > 0)
+        frames = [Expected((ZSTD,), stop - start) for start, stop in itertools.pairwise(cuts)]
+        self.sections = frames + [Expected((PLAIN,), rest_bytes)] * (rest_bytes > 0)
 
     def encode(self, raw: Bytes) -> list[Piece] | None:
         """Encode a block; None when its first frame says that it does not pay.

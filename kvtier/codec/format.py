@@ -22,8 +22,9 @@ RAW, PLANES, NIBBLES = 0, 1, 2
 """Codecs of a block: its bytes as they are; split into a compressed plane and a plain rest; or into the
 nibbles of exponents below their channel's largest one, compressed, and a plain rest."""
 
-PLAIN, ZSTD = 0, 1
-"""Encodings of a section: bytes as they are, or one zstd frame."""
+PLAIN, ZSTD, SPLIT = 0, 1, 2
+"""Encodings of a section: bytes as they are; one zstd frame; or nibbles, of which the lower two bits stand
+there as they are and the upper two in one zstd frame."""
 
 MAX_ALIGNMENT = 4096
 """Plain sections start at a multiple of a power of two up to this; the gap before them is zero."""
@@ -50,12 +51,18 @@ _FIXED = struct.Struct("<8sHBBBxHIIIIIIII16s16s")
 _SECTION = struct.Struct("<IIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 
+FIXED_BYTES, SECTION_BYTES = _FIXED.size, _SECTION.size
+"""Lengths of a header's first part and of an entry of its table."""
+
+TOTAL_BYTES_AT = 44
+"""Where in a header the total length stands; block hash and namespace follow, and end the first part."""
+
 
 class Section(NamedTuple):
     """One entry of the table of sections.
 
     Attributes:
-        encoding: `PLAIN` or `ZSTD`.
+        encoding: `PLAIN`, `ZSTD` or `SPLIT`.
         offset: Where the section starts, in bytes from the start of the encoded block.
         stored_bytes: Its length there.
         raw_bytes: Its length when decoded.
@@ -69,11 +76,23 @@ class Section(NamedTuple):
     checksum: int
 
 
+class Expected(NamedTuple):
+    """What the table of sections must say of one of them.
+
+    Attributes:
+        encodings: Those that it may have.
+        raw_bytes: Its length when decoded; None: any.
+    """
+
+    encodings: tuple[int, ...]
+    raw_bytes: int | None
+
+
 class Piece(NamedTuple):
     """What becomes a section.
 
     Attributes:
-        encoding: `PLAIN` or `ZSTD`.
+        encoding: `PLAIN`, `ZSTD` or `SPLIT`.
         data: The stored bytes.
         raw_bytes: Their length when decoded.
         aligned: Whether it starts at a multiple of the block's alignment; plain ones only.
@@ -123,24 +142,37 @@ def layout_codes(layout: BlockLayout) -> tuple[int, int]:
     return _DTYPE_CODES[layout.dtype], _KIND_CODES[layout.kind]
 
 
-def pack_header(header: BlockHeader) -> bytes:
-    """Return the bytes of a header, its checksum included."""
-    layout = header.layout
+def pack_fixed(
+    codec: int, layout: BlockLayout, sections: int, total_bytes: int, block_hash: bytes, namespace: bytes
+) -> bytes:
+    """Return the first part of a header, `FIXED_BYTES`; see `BlockHeader`."""
     dtype, kind = layout_codes(layout)
-    fixed = _FIXED.pack(
+    return _FIXED.pack(
         MAGIC,
         VERSION,
-        header.codec,
+        codec,
         dtype,
         kind,
-        layout.head_dim if header.codec == NIBBLES else 0,
+        layout.head_dim if codec == NIBBLES else 0,
         layout.tokens_per_block,
         layout.shards,
         layout.layers,
         layout.kv_factor,
         layout.row_elements,
-        len(header.sections),
+        sections,
         layout.block_bytes,
+        total_bytes,
+        block_hash,
+        namespace,
+    )
+
+
+def pack_header(header: BlockHeader) -> bytes:
+    """Return the bytes of a header, its checksum included."""
+    fixed = pack_fixed(
+        header.codec,
+        header.layout,
+        len(header.sections),
         header.total_bytes,
         header.block_hash,
         header.namespace,
@@ -231,7 +263,7 @@ def _check_sections(sections: Sequence[Section], start: int, total_bytes: int) -
         if encoding == PLAIN:
             fits = 0 <= offset - end < MAX_ALIGNMENT and stored_bytes == raw_bytes
         else:
-            fits = encoding == ZSTD and offset == end
+            fits = encoding in (ZSTD, SPLIT) and offset == end
         if not fits:
             raise CorruptBlock("the table of sections is inconsistent")
         end = offset + stored_bytes

@@ -27,8 +27,12 @@ PAIR_DISTANCE = 128
 
 _WRITABLE = types.Array(types.uint8, 3, "C")
 _READABLE = types.Array(types.uint8, 3, "C", readonly=True)
+_WRITABLE_ROW = types.Array(types.uint8, 1, "C")
+_READABLE_ROW = types.Array(types.uint8, 1, "C", readonly=True)
 _SPLIT = types.void(_READABLE, _WRITABLE, _WRITABLE)
 _MERGE = types.void(_WRITABLE, _WRITABLE, _READABLE)
+_SPLIT_HALVES = types.void(_READABLE_ROW, _WRITABLE_ROW, _WRITABLE_ROW)
+_JOIN_HALVES = types.void(_READABLE_ROW, _READABLE_ROW, _WRITABLE_ROW)
 _SPLIT_NIBBLES = types.void(types.int64, _READABLE, _WRITABLE, _WRITABLE)
 _MERGE_NIBBLES = types.void(types.int64, _WRITABLE, _WRITABLE, _READABLE)
 
@@ -154,3 +158,37 @@ def merge_nibbles(flip: int, raw: Bytes, plane: Bytes, rest: Bytes) -> None:
                     b = np.uint8(b >> 1 | b << 7)
                     first[i] = a ^ (a >> 7) * bits
                     second[i] = b ^ (b >> 7) * bits
+
+
+@compiled(_SPLIT_HALVES)
+def split_halves(data: Bytes, low: Bytes, high: Bytes) -> None:
+    """Take the halves of all nibbles apart: two bits each, those of bytes from both ends of `data` together.
+
+    Byte i of `low` holds the lower two bits of the nibbles of `data[i]` and, two places higher, of
+    `data[i + h]`, where h is half of the bytes, rounded up; byte i of `high` the upper two bits. What would
+    be behind the last byte counts as 0.
+
+    Args:
+        data: Bytes of two nibbles.
+        low: h bytes.
+        high: h bytes.
+    """
+    first, second = data[: low.size], data[low.size :]
+    for i in range(second.size):
+        x, y = first[i], second[i]
+        low[i] = x & 0x33 | y << 2 & 0xCC
+        high[i] = x >> 2 & 0x33 | y & 0xCC
+    if second.size < first.size:
+        low[-1], high[-1] = first[-1] & 0x33, first[-1] >> 2 & 0x33
+
+
+@compiled(_JOIN_HALVES)
+def join_halves(low: Bytes, high: Bytes, data: Bytes) -> None:
+    """Fill `data` from what `split_halves` made of it; same arguments."""
+    first, second = data[: low.size], data[low.size :]
+    for i in range(second.size):
+        x, y = low[i], high[i]
+        first[i] = x & 0x33 | y << 2 & 0xCC
+        second[i] = x >> 2 & 0x33 | y & 0xCC
+    if second.size < first.size:
+        first[-1] = low[-1] & 0x33 | high[-1] << 2 & 0xCC

@@ -1,10 +1,9 @@
-"""Sections verified and decoded in one call without the GIL, where the C functions for that are at hand.
+"""Blocks of codec 2 decoded in one call without the GIL, where the C functions for that are at hand.
 
 Python's bindings take the GIL between any two sections, so that a dozen threads that decode blocks spend
-their time on handing it to each other. The compiled loop here calls zstd and XXH3 itself: zstd from the
-system's library, or else from `backports.zstd`, XXH3 from `xxhash`, whose extension modules export the C
-functions on Linux. Where they are missing, `sections_decoder` is None, and the bindings do the same section
-by section.
+their time on handing it to each other. `native_kernels` calls zstd and XXH3 itself: zstd from the system's
+library, or else from `backports.zstd`, XXH3 from `xxhash`, whose extension modules export the C functions on
+Linux. Where they are missing, `functions` is None, and the bindings do the same section by section.
 """
 
 from __future__ import annotations
@@ -13,42 +12,47 @@ import ctypes
 import importlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from llvmlite import binding
-from numba import types
 
-from kvtier.codec.format import ZSTD, Section
-from kvtier.codec.kernels import compiled
-
-Numbers = np.ndarray[Any, np.dtype[np.uint64]]
+from kvtier.codec.format import FIXED_BYTES, Buffer, header_bytes
+from kvtier.codec.kernels import Bytes
+from kvtier.codec.nibbles import NibbleShape
+from kvtier.codec.planes import MAX_FRAME_BYTES
+from kvtier.codec.slots import PlaneSlots
+from kvtier.codec.source import StoredFile
 
 _ZSTD = ("ZSTD_decompressDCtx", "ZSTD_getFrameContentSize", "ZSTD_createDCtx", "ZSTD_freeDCtx")
-_ADDRESS: Any = types.uintp
-_LENGTH: Any = types.uint64
-_xxh3 = types.ExternalFunction("kvtier_XXH3_64bits", _LENGTH(_ADDRESS, _LENGTH))
-_decompress = types.ExternalFunction(
-    "kvtier_ZSTD_decompressDCtx", _LENGTH(_ADDRESS, _ADDRESS, _LENGTH, _ADDRESS, _LENGTH)
-)
-_copy = types.ExternalFunction("memcpy", _ADDRESS(_ADDRESS, _ADDRESS, _LENGTH))
-_content_size = types.ExternalFunction("kvtier_ZSTD_getFrameContentSize", _LENGTH(_ADDRESS, _LENGTH))
-_NUMBERS = types.Array(_LENGTH, 1, "C", readonly=True)
-_SIGNATURE = types.int64(_ADDRESS, _ADDRESS, types.Array(_LENGTH, 2, "C", readonly=True), _NUMBERS)
+_XXH3 = ("XXH3_64bits", "XXH3_64bits_update")
+_XXH3_STATE = ("XXH3_64bits_reset", "XXH3_64bits_digest", "XXH3_createState", "XXH3_freeState")
+_SLACK = 4096
+_NOTHING = np.empty(0, np.uint8)
 
 
 def _find() -> dict[str, Any] | None:
     """Return the functions, made known to the compiler; None where one of them is missing."""
     for zstd in ("libzstd.so.1", _file_of("backports.zstd._zstd")):
         try:
-            found = _functions(zstd, _ZSTD) | _functions(_file_of("xxhash._xxhash"), ("XXH3_64bits",))
+            found = _functions(zstd, _ZSTD) | _xxh3(_file_of("xxhash._xxhash"))
         except (OSError, AttributeError):
             continue
         for name, function in found.items():
             binding.add_symbol(f"kvtier_{name}", ctypes.cast(function, ctypes.c_void_p).value)
         return found
     return None
+
+
+def _xxh3(library: str) -> dict[str, Any]:
+    """Return XXH3's functions: from xxhash 4.1 on those that use what the processor has, else for SSE2."""
+    found = _functions(library, _XXH3_STATE)
+    try:
+        fastest = _functions(library, [f"{name}_dispatch" for name in _XXH3])
+        return found | dict(zip(_XXH3, fastest.values(), strict=True))
+    except AttributeError:
+        return found | _functions(library, _XXH3)
 
 
 def _functions(library: str, names: Sequence[str]) -> dict[str, Any]:
@@ -63,63 +67,103 @@ def _file_of(module: str) -> str:
         return "missing"
 
 
-def _decode(context: Any, base: Any, sections: Any, targets: Any) -> Any:
-    count = sections.shape[0]
-    for i in range(count):
-        source, stored, length = base + sections[i, 1], sections[i, 2], sections[i, 3]
-        if _xxh3(source, stored) != sections[i, 4]:
-            return i
-        if sections[i, 0] == ZSTD:
-            if _content_size(source, stored) != length:
-                return count + i
-            if _decompress(context, targets[i], length, source, stored) != length:
-                return count + i
-        elif targets[i]:
-            _copy(targets[i], source, stored)
-    return -1
+functions = _find()
 
 
-class SectionsDecoder:
-    """Decodes sections; for several threads at the same time."""
+class _Workspace(threading.local):
+    """One thread's contexts and rooms; they go with the thread."""
 
-    def __init__(self, functions: dict[str, Any]) -> None:
-        self._kernel: Callable[[int, int, Numbers, Numbers], Any] = compiled(_SIGNATURE)(_decode)
-        self._create, self._free = functions["ZSTD_createDCtx"], functions["ZSTD_freeDCtx"]
-        self._create.restype = ctypes.c_void_p
-        self._free.argtypes = [ctypes.c_void_p]
-        self._local = threading.local()
+    def __init__(self, room_bytes: int, parts_bytes: int) -> None:
+        assert functions is not None
+        self.room = np.empty(room_bytes, np.uint8)
+        self.parts = np.empty(parts_bytes, np.uint8)
+        self.context = self._make("ZSTD_createDCtx", "ZSTD_freeDCtx")
+        self.state = self._make("XXH3_createState", "XXH3_freeState")
 
-    def __call__(self, encoded: memoryview, sections: Sequence[Section], targets: Sequence[int]) -> int:
-        """Verify and decode sections.
+    def _make(self, create: str, free: str) -> int:
+        assert functions is not None
+        functions[create].restype = ctypes.c_void_p
+        functions[free].argtypes = [ctypes.c_void_p]
+        made: int | None = functions[create]()
+        if made is None:
+            raise MemoryError(f"no memory for {create}")
+        weakref.finalize(self.room, functions[free], made)
+        return made
+
+
+class NativeDecoder:
+    """Decodes the blocks of one layout that are stored by codec 2; for several threads at the same time."""
+
+    def __init__(
+        self, shape: NibbleShape, frames: Sequence[tuple[int, int]], form: PlaneSlots | None
+    ) -> None:
+        """Prepare.
 
         Args:
-            encoded: The block, none of whose sections reaches beyond it.
-            sections: Its table.
-            targets: Address of the room of each section's raw length; 0: it is only verified.
+            shape: Geometry of a shard.
+            frames: For each frame of a shard its raw length, and 1 where it may be split, else 0.
+            form: Plane slots; None for raw ones.
+        """
+        from kvtier.codec import native_kernels as kernels
+
+        self._kernel = kernels.decode_block
+        layout = shape.layout
+        parts = form if form is not None else PlaneSlots(shape)
+        stride = parts.shard_bytes if form is not None else parts.rest_at
+        raw_target = kernels.TO_BF16 if layout.dtype == "bfloat16" else kernels.TO_E4M3
+        layers, kv_factor, heads, tokens, _ = shape.raw
+        self._numbers = np.array(
+            [
+                kernels.TO_PLANES if form is not None else raw_target,
+                *(layers, kv_factor, heads, tokens, shape.bases[-1]),
+                *(parts.bases_at, parts.nibbles_at, parts.escapes_at, stride),
+                *(shape.elements, layout.shard_bytes),
+            ]
+        )
+        plan: list[tuple[int, int, int]] = []
+        for shard in range(layout.shards):
+            place = shard * stride + parts.bases_at
+            for raw_bytes, splittable in frames:
+                plan.append((kernels.SPLITTABLE if splittable else kernels.FRAME, raw_bytes, place))
+                place += raw_bytes
+                if place == shard * stride + parts.bases_at + shape.base_bytes:
+                    place = shard * stride + parts.nibbles_at
+            plan.append((kernels.LISTED, 4 * shape.max_escapes, shard * stride + parts.escapes_at))
+        plan += [
+            (kernels.REST, shape.rest_bytes, shard * stride + parts.rest_at) for shard in range(layout.shards)
+        ]
+        self._plan = np.array(plan)
+        self._to_raw = form is None
+        layer_bytes = shape.rest_bytes // layers
+        frame_bytes = 2 * MAX_FRAME_BYTES + 4 * shape.max_escapes
+        room_bytes = header_bytes(len(plan)) + max(kernels.PIECE, layer_bytes, frame_bytes) + _SLACK
+        self._work = _Workspace(room_bytes, layout.shards * stride if form is None else 0)
+
+    def decode(self, fixed: bytes, encoded: Buffer | StoredFile, length: int, slot: Bytes) -> bool:
+        """Verify a block and decode it.
+
+        Args:
+            fixed: What its header must begin with.
+            encoded: The block.
+            length: Its bytes.
+            slot: Room for it, in the form of the slots.
 
         Returns:
-            -1, or the index of the first section whose checksum is wrong, or that index and the number of
-            sections when it is no frame of the length that the table says.
+            Whether it was decoded. If not, it is corrupt or of another kind, and the slot holds garbage.
         """
-        start = np.frombuffer(encoded, np.uint8).ctypes.data
-        table = np.array(sections, np.uint64)
-        return int(self._kernel(self._context(), start, table, np.array(targets, np.uint64)))
-
-    def _context(self) -> int:
-        context: int | None = getattr(self._local, "context", None)
-        if context is None:
-            context = self._local.context = self._create()
-            if context is None:
-                raise MemoryError("zstd has no memory for a context")
-            # A thread's own object goes with the thread, and takes the context with it.
-            self._local.owner = owner = _Owner()
-            weakref.finalize(owner, self._free, context)
-        return context
-
-
-class _Owner:
-    """What a context belongs to."""
-
-
-_found = _find()
-sections_decoder = SectionsDecoder(_found) if _found is not None else None
+        if len(fixed) != FIXED_BYTES or length <= FIXED_BYTES:
+            return False
+        work = self._work
+        if isinstance(encoded, StoredFile):
+            data, descriptor = _NOTHING, encoded.descriptor
+        else:
+            data, descriptor = np.frombuffer(encoded, np.uint8), -1
+        parts, raw = (work.parts, slot) if self._to_raw else (slot, _NOTHING)
+        beginning = np.frombuffer(fixed, np.uint8)
+        kernel: Any = self._kernel
+        return bool(
+            kernel(
+                *(work.context, work.state, data, descriptor, length, beginning),
+                *(self._plan, self._numbers, work.room, parts, raw),
+            )
+        )

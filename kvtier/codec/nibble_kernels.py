@@ -35,6 +35,8 @@ _IN5, _IN4 = types.Array(types.uint8, 5, "C", readonly=True), types.Array(types.
 _OUT_WORDS, _IN_WORDS = types.Array(types.uint32, 1, "C"), types.Array(types.uint32, 1, "C", readonly=True)
 _SPLIT = types.int64(_IN5, _OUT4, _OUT5, _OUT5, _OUT_WORDS)
 _MERGE = types.void(_OUT5, _IN4, _IN5, _IN5, _IN_WORDS)
+_MERGE_LAYER = types.void(_OUT4, _IN4, _IN5, _IN4, types.int64)
+_SET = types.void(types.Array(types.uint8, 1, "C"), _IN_WORDS)
 _CHECK = types.boolean(_IN_WORDS, types.int64)
 
 
@@ -86,35 +88,61 @@ def split_bf16(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: W
     return count
 
 
+@compiled(_SET)
+def set_exponents_bf16(raw: Bytes, escapes: Words) -> None:
+    """Give the elements of a bfloat16 shard that have escapes their exponents; others' places do nothing."""
+    for entry in escapes:
+        place, exponent = np.int64(entry >> 8), np.uint8(entry)
+        if 2 * place < raw.size:
+            raw[2 * place] = raw[2 * place] & 0x7F | exponent << 7
+            raw[2 * place + 1] = raw[2 * place + 1] & 0x80 | exponent >> 1
+
+
+@compiled(_SET)
+def set_exponents_e4m3(raw: Bytes, escapes: Words) -> None:
+    """Give the elements of a float8_e4m3fn shard that have escapes their exponents."""
+    for entry in escapes:
+        place = np.int64(entry >> 8)
+        if place < raw.size:
+            raw[place] = raw[place] & 0x87 | (np.uint8(entry) & 0x0F) << 3
+
+
+@compiled(_MERGE_LAYER)
+def merge_layer_bf16(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, layer: int) -> None:
+    """Fill one layer of `raw` from what `split_bf16` made of it, but for its escapes.
+
+    Args:
+        raw: The layer, `[kv_factor, heads, tokens, bytes of a head]`.
+        bases: Of all layers.
+        nibbles: Of all layers.
+        rest: Of this layer, `[kv_factor, heads, tokens, dim]`.
+        layer: Which it is.
+    """
+    parts, heads, tokens, dim = rest.shape
+    for part in range(parts):
+        for head in range(heads):
+            base = bases[part, layer, head]
+            for pair in range(nibbles.shape[3]):
+                nibble = nibbles[part, layer, head, pair]
+                x, low = raw[part, head, 2 * pair], rest[part, head, 2 * pair]
+                for d in range(dim):
+                    exponent = np.uint8(base[d] - (nibble[d] & ESCAPE))
+                    x[2 * d] = low[d] & 0x7F | exponent << 7
+                    x[2 * d + 1] = low[d] & 0x80 | exponent >> 1
+                if 2 * pair + 1 < tokens:
+                    y, low = raw[part, head, 2 * pair + 1], rest[part, head, 2 * pair + 1]
+                    for d in range(dim):
+                        exponent = np.uint8(base[d] - (nibble[d] >> 4))
+                        y[2 * d] = low[d] & 0x7F | exponent << 7
+                        y[2 * d + 1] = low[d] & 0x80 | exponent >> 1
+
+
 @compiled(_MERGE)
 def merge_bf16(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: Words) -> None:
     """Fill `raw` from what `split_bf16` made of it; of `escapes` those outside of the shard do nothing."""
-    layers, parts, heads, tokens, _ = raw.shape
-    dim = bases.shape[3]
-    for layer in range(layers):
-        for part in range(parts):
-            for head in range(heads):
-                base = bases[part, layer, head]
-                for pair in range(nibbles.shape[3]):
-                    nibble = nibbles[part, layer, head, pair]
-                    x, low = raw[layer, part, head, 2 * pair], rest[layer, part, head, 2 * pair]
-                    for d in range(dim):
-                        exponent = np.uint8(base[d] - (nibble[d] & ESCAPE))
-                        x[2 * d] = low[d] & 0x7F | exponent << 7
-                        x[2 * d + 1] = low[d] & 0x80 | exponent >> 1
-                    if 2 * pair + 1 < tokens:
-                        y, low = raw[layer, part, head, 2 * pair + 1], rest[layer, part, head, 2 * pair + 1]
-                        for d in range(dim):
-                            exponent = np.uint8(base[d] - (nibble[d] >> 4))
-                            y[2 * d] = low[d] & 0x7F | exponent << 7
-                            y[2 * d + 1] = low[d] & 0x80 | exponent >> 1
-    elements, lows = raw.reshape(-1), rest.reshape(-1)
-    for entry in escapes:
-        place, exponent = entry >> 8, np.uint8(entry)
-        if place >= lows.size:
-            continue
-        elements[2 * place] = lows[place] & 0x7F | exponent << 7
-        elements[2 * place + 1] = lows[place] & 0x80 | exponent >> 1
+    for layer in range(raw.shape[0]):
+        merge_layer_bf16(raw[layer], bases, nibbles, rest[layer], layer)
+    set_exponents_bf16(raw.reshape(-1), escapes)
 
 
 @compiled(_SPLIT)
@@ -161,30 +189,35 @@ def split_e4m3(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: W
     return count
 
 
+@compiled(_MERGE_LAYER)
+def merge_layer_e4m3(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, layer: int) -> None:
+    """Fill one layer of `raw` from what `split_e4m3` made of it, but for its escapes.
+
+    See `merge_layer_bf16`; `rest` is `[kv_factor, heads, pairs, dim]`.
+    """
+    parts, heads, tokens, dim = raw.shape
+    for part in range(parts):
+        for head in range(heads):
+            base = bases[part, layer, head]
+            for pair in range(nibbles.shape[3]):
+                nibble, low = nibbles[part, layer, head, pair], rest[part, head, pair]
+                x = raw[part, head, 2 * pair]
+                for d in range(dim):
+                    exponent = np.uint8(base[d] - (nibble[d] & 0x0F))
+                    x[d] = np.uint8(low[d] & 0x07 | (low[d] & 0x08) << 4 | exponent << 3 & 0x78)
+                if 2 * pair + 1 < tokens:
+                    y = raw[part, head, 2 * pair + 1]
+                    for d in range(dim):
+                        exponent = np.uint8(base[d] - (nibble[d] >> 4))
+                        y[d] = np.uint8(low[d] >> 4 & 0x07 | low[d] & 0x80 | exponent << 3 & 0x78)
+
+
 @compiled(_MERGE)
 def merge_e4m3(raw: Bytes, bases: Bytes, nibbles: Bytes, rest: Bytes, escapes: Words) -> None:
     """Fill `raw` from what `split_e4m3` made of it; see `merge_bf16`."""
-    layers, parts, heads, tokens, dim = raw.shape
-    for layer in range(layers):
-        for part in range(parts):
-            for head in range(heads):
-                base = bases[part, layer, head]
-                for pair in range(nibbles.shape[3]):
-                    nibble, low = nibbles[part, layer, head, pair], rest[layer, part, head, pair]
-                    x = raw[layer, part, head, 2 * pair]
-                    for d in range(dim):
-                        exponent = np.uint8(base[d] - (nibble[d] & 0x0F))
-                        x[d] = np.uint8(low[d] & 0x07 | (low[d] & 0x08) << 4 | exponent << 3 & 0x78)
-                    if 2 * pair + 1 < tokens:
-                        y = raw[layer, part, head, 2 * pair + 1]
-                        for d in range(dim):
-                            exponent = np.uint8(base[d] - (nibble[d] >> 4))
-                            y[d] = np.uint8(low[d] >> 4 & 0x07 | low[d] & 0x80 | exponent << 3 & 0x78)
-    elements = raw.reshape(-1)
-    for entry in escapes:
-        place = entry >> 8
-        if place < elements.size:
-            elements[place] = elements[place] & 0x87 | (np.uint8(entry) & 0x0F) << 3
+    for layer in range(raw.shape[0]):
+        merge_layer_e4m3(raw[layer], bases, nibbles, rest[layer], layer)
+    set_exponents_e4m3(raw.reshape(-1), escapes)
 
 
 @compiled(_CHECK)

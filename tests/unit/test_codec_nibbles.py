@@ -36,12 +36,12 @@ RAW, PLANES, NIBBLES = 0, 1, 2
 @pytest.fixture(scope="module", autouse=True, params=["at once", "section by section"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """With the C functions that decode all sections in one call, and without them."""
-    decoder = native.sections_decoder
-    assert decoder is not None
+    functions = native.functions
+    assert functions is not None
     if request.param == "section by section":
-        native.sections_decoder = None
+        native.functions = None
     yield request.param
-    native.sections_decoder = decoder
+    native.functions = functions
 
 
 GUARD = 64
