@@ -111,9 +111,11 @@ class Transfers(Protocol):
     """Moves blocks, and knows when. None of the methods waits for the GPU, except `drain`.
 
     Attributes:
+        behind: Whether saves go on behind the engine's back.
         layers: The layers that `load_by_layer` tells apart; 0 where it can tell none.
     """
 
+    behind: bool
     layers: int
 
     def order(self, stream: Any, behind: int) -> None:
@@ -137,9 +139,7 @@ class Transfers(Protocol):
         ...
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
-        """Copy pages to slots, after all that is enqueued on `stream` until the next `poll`.
-
-        Errors are told to `done`.
+        """Copy pages to slots, after all that was enqueued on `stream` so far; errors are told to `done`.
 
         Args:
             stream: The engine's stream.
@@ -174,6 +174,7 @@ def _try_save(mover: Mover, blocks: Blocks, stream: int) -> bool:
 class HostTransfers:
     """A pool in host memory, as in the reference engine: every copy is over when the call returns."""
 
+    behind = False
     layers = 0
 
     def __init__(self, mover: Mover) -> None:
@@ -218,15 +219,6 @@ class _Pending(NamedTuple):
     done: Callable[[], None]
 
 
-class _Late(NamedTuple):
-    """A save that is not begun: stream, what and whose."""
-
-    stream: Any
-    blocks: Blocks
-    done: Done
-    number: int
-
-
 class CudaTransfers:
     """A pool on a GPU. Loads and saves have a stream each, joined with the engine's by events on the GPU.
 
@@ -234,10 +226,9 @@ class CudaTransfers:
     after what the engine has enqueued so far, and what it enqueues next begins after the load: as if the
     copies stood on its stream. Saves begin behind the forward pass and run beside the next ones. These write
     to other pages, as long as a request holds its own; who may have lost them the leader knows (`order`).
-
-    Saves are enqueued in the next `poll`, not at once: behind a forward pass the engine enqueues the way of
-    its tokens to the host, which must not queue up behind a gigabyte of blocks for the same copy engine.
     """
+
+    behind = True
 
     def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
         """Take what moves the blocks, and two streams that nobody else uses.
@@ -254,14 +245,12 @@ class CudaTransfers:
         self._load_stream = loads
         self._save_stream = saves
         self._loads: deque[_Pending] = deque()
-        self._late: deque[_Late] = deque()
         self._saves: deque[_Pending] = deque()
         # Of the last load by layer: the event of each layer.
         self._arrivals: list[Any] = []
 
     def order(self, stream: Any, behind: int) -> None:
         """Make the stream wait for the last of these saves; their stream runs them in order."""
-        self._begin_saves()
         for pending in reversed(self._saves):
             if pending.number <= behind:
                 self._engines(stream).wait_event(pending.event)
@@ -298,36 +287,28 @@ class CudaTransfers:
             self._arrivals = []
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
-        """Note what is to be saved behind what the engine enqueues until the next `poll`."""
-        self._late.append(_Late(stream, blocks, done, number))
-
-    def _begin_saves(self) -> None:
-        while self._late:
-            stream, blocks, done, number = self._late.popleft()
-            self._save_stream.wait_stream(self._engines(stream))
-            made = _try_save(self.mover, blocks, self._save_stream.cuda_stream)
-            # Copies made before one failed are under way all the same: slots stay taken until the event.
-            event = self._save_stream.record_event()
-            self._saves.append(_Pending(event, number, partial(done, made)))
+        """Enqueue copies behind what the engine has enqueued."""
+        self._save_stream.wait_stream(self._engines(stream))
+        made = _try_save(self.mover, blocks, self._save_stream.cuda_stream)
+        # Copies made before one failed are under way all the same: their slots stay taken until the event.
+        event = self._save_stream.record_event()
+        self._saves.append(_Pending(event, number, partial(done, made)))
 
     def after_saves(self, done: Callable[[], None]) -> None:
         """Wait for what the last save waits for."""
-        self._begin_saves()
         if self._saves:
             self._saves.append(_Pending(self._saves[-1].event, EVERY_PASS, done))
         else:
             done()
 
     def poll(self) -> None:
-        """Begin what is to be saved, and look which events have passed; the streams pass them in order."""
-        self._begin_saves()
+        """Look which events have passed; the streams pass them in order."""
         for pending in (self._loads, self._saves):
             while pending and pending[0].event.query():
                 pending.popleft().done()
 
     def drain(self) -> None:
         """Wait for both streams' last events."""
-        self._begin_saves()
         for pending in (self._loads, self._saves):
             if pending:
                 pending[-1].event.synchronize()

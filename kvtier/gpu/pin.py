@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -15,6 +18,12 @@ _log = logging.getLogger(__name__)
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all contexts of the process."""
+
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, of Linux 5.14."""
+
+_THREADS = 4
+"""More of them provide pages no faster: 4 GiB a second, where registering does it at one."""
 
 
 def _cudart() -> Any:
@@ -34,6 +43,24 @@ class PinnedMemory:
             _cudart().cudaHostUnregister(address)
 
 
+def populate(address: int, size: int) -> None:
+    """Have the kernel provide the pages of memory that nobody has touched, as far as it can. Changes no byte.
+
+    Args:
+        address: Where the memory begins, page-aligned.
+        size: How long it is in bytes.
+    """
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    share = -(-size // _THREADS // mmap.PAGESIZE) * mmap.PAGESIZE
+    parts = [(address + first, min(share, size - first)) for first in range(0, size, share)]
+    threads = [threading.Thread(target=advise, args=(*part, _POPULATE_WRITE)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def pin(buffer: memoryview, device: torch.device) -> PinnedMemory | None:
     """Register memory with CUDA, as far as that is possible.
 
@@ -48,6 +75,7 @@ def pin(buffer: memoryview, device: torch.device) -> PinnedMemory | None:
     started = time.monotonic()
     try:
         address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+        populate(address, len(buffer))
         with torch.cuda.device(device):
             status = int(_cudart().cudaHostRegister(address, len(buffer), _PORTABLE))
     except (RuntimeError, ValueError, TypeError) as error:

@@ -63,6 +63,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._saves: tuple[Save, ...] = ()
         # Number of the pass that is bound, and of the last one whose saves must come before it.
         self._number = self._behind = 0
+        # Saves that wait for `get_finished`, with the number of their pass.
+        self._late: list[tuple[tuple[Save, ...], int]] = []
         self._saved_tails: list[int] = []
         self._clock: Callable[[], float] = time.monotonic
         self._stream: Any = None
@@ -88,6 +90,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
     def bind_connector_meta(self, metadata: object) -> None:
         """Take the orders of the coming iteration; what was not done of the former ones is given up."""
         super().bind_connector_meta(metadata)
+        self._begin_late()
         orders = metadata if isinstance(metadata, ConnectorMeta) else ConnectorMeta(self._session or 0)
         if self._loads or self._saves:
             self._give_up(set(self._loads) - set(orders.loads), set(self._saves) - set(orders.saves))
@@ -136,7 +139,10 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
 
     @shielded(lambda: None)
     def wait_for_save(self, stream: Any) -> None:
-        """Start copying whole blocks to the arena, behind the forward pass.
+        """Copy whole blocks to the arena, behind the forward pass.
+
+        Where copies take time they begin in `get_finished`: before that the engine sends the pass's tokens on
+        their way to the host, which must not queue up behind a gigabyte of blocks.
 
         Raises:
             BrokenPromise: Layers were computed without having been waited for.
@@ -145,7 +151,9 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         saves, self._saves = self._saves, ()
         self._stream = stream
         if saves:
-            self._save(saves, lambda: None, self._number)
+            self._late.append((saves, self._number))
+            if self._transfers is None or not self._transfers.behind:
+                self._begin_late()
 
     def get_finished(
         self, finished_gen_req_ids: list[int], started_loading_req_ids: list[int]
@@ -158,6 +166,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             BrokenPromise: An earlier pass has read what was not loaded yet.
         """
         self._stop_if_broken()
+        self._begin_late()
         for request_id in finished_gen_req_ids:
             self._save_tail(request_id)
         self._poll()
@@ -174,6 +183,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
 
         The engine never calls this: without it the same happens when the worker is collected, or at exit.
         """
+        self._begin_late()
         if self._transfers is not None:
             self._transfers.drain()
         self._give_up(set(self._loads), set(self._saves))
@@ -182,6 +192,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._runtime.leave(self._rank)
 
     def _register(self, pool: Pool) -> None:
+        self._begin_late()
         if self._transfers is not None:
             self._transfers.drain()
         # The store opens slots of the same form, and an agent that has others lets nobody in.
@@ -291,6 +302,12 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         except Exception as error:  # noqa: BLE001 - whatever failed, the tickets must not stay open
             log_once(_log, "save", "blocks could not be saved: %r", error)
             done(False)
+
+    @shielded(lambda: None)
+    def _begin_late(self) -> None:
+        late, self._late = self._late, []
+        for saves, number in late:
+            self._save(saves, lambda: None, number)
 
     def _saved(self, store: StoreClient, tickets: list[int], then: Callable[[], None], made: bool) -> None:
         if made:
