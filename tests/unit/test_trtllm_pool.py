@@ -52,6 +52,7 @@ def test_flat_blocks_come_back_bit_for_bit(dtype, kv_factor):
     raw = torch.randint(0, 256, (6, 3, kv_factor, 64 * dtype.itemsize), dtype=torch.uint8)
     pool = FlatPool(raw.view(dtype).view(6, 3, kv_factor, 64), facts())
     assert pool.layout.dtype == str(dtype).removeprefix("torch.")
+    assert pool.replicated == (kv_factor == 1)
     before = raw.clone()
     slot = torch.zeros(pool.layout.shard_bytes, dtype=torch.uint8)
     copy_out(pool, (4,), slot)
