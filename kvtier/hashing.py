@@ -39,6 +39,12 @@ class Namespace:
         """The id as 32 hexadecimal digits, as it stands in object keys and paths."""
         return self.id.hex()
 
+    @property
+    def is_private(self) -> bool:
+        """Whether only one engine has such blocks: the facts about its model name an owner, `private`."""
+        model = self.facts.get("model")
+        return isinstance(model, Mapping) and "private" in model
+
     def document(self) -> str:
         """The facts as indented JSON, for people."""
         return json.dumps({"id": self.hex, **self.facts}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

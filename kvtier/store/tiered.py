@@ -61,7 +61,10 @@ class _Reservation:
 
 
 def open_tiers(config: Config, namespace: Namespace, layout: BlockLayout) -> list[Tier]:
-    """Open the lower tiers that `config` declares, fastest first.
+    """Open the lower tiers that `config` declares, fastest first; no bucket for a private namespace.
+
+    Nobody else could ever read what would lie there. The disk extends the memory of the engine itself, and
+    what is left of it there ages out.
 
     Raises:
         ConfigError: The disk tier is too small for a block, or a credential variable is unset.
@@ -73,7 +76,14 @@ def open_tiers(config: Config, namespace: Namespace, layout: BlockLayout) -> lis
         from kvtier.tiers.disk import DiskTier
 
         tiers.append(DiskTier(config.disk.path, config.disk.size, namespace, bound))
-    if config.s3:
+    if config.s3 and namespace.is_private:
+        log_once(
+            _log,
+            "private",
+            "namespace %s is private to one engine, whose log says why: nothing of it goes to the bucket",
+            namespace.hex,
+        )
+    elif config.s3:
         from kvtier.tiers.s3 import S3Tier
 
         bucket = S3Tier(config.s3, namespace, layout, bound)
