@@ -107,7 +107,7 @@ def compare(plain: CheckedEngine, cached: CheckedEngine, seed: int, prompts: int
     What vLLM's own prefix cache holds, kvtier loads: both compute the same rest in the same shapes, and
     round alike. Computing all of the prompt has other shapes: vLLM's own cache may differ from that.
     """
-    rng = random.Random(seed)
+    rng = random.Random(f"compared {seed}")
     equal: Counter[str] = Counter()
     for n in range(prompts):
         tokens = new_prompt(rng, longest - n * (longest - 300) // prompts)
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="9GiB")
+    parser.add_argument("--format", choices=["raw", "planes"], default="raw", help="of the agent's memory")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--compared", type=int, default=8, help="prompts whose outputs are compared")
     arguments = parser.parse_args()
@@ -172,7 +173,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvtier-bench-") as folder, FastServer() as bucket:
         place = Path(folder)
         model = make_model(place / "model", arguments.shape, arguments.weights)
-        node = Node(place, arguments.memory, bucket)
+        node = Node(place, arguments.memory, bucket, form=arguments.format)
         config = node.start("disk", "s3")
         options = {
             "model": str(model),
