@@ -16,7 +16,7 @@ from kvtier.errors import CorruptBlock
 from kvtier.tiers.s3 import segment
 from kvtier.tiers.s3.index import BlockIndex
 from kvtier.tiers.s3.keys import Keys
-from kvtier.tiers.s3.pack import Pack
+from kvtier.tiers.s3.pack import MAX_PACK_BLOCKS, Pack
 from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import read_segment, write_segments
 
@@ -130,6 +130,17 @@ def test_segments_that_lie_are_refused(at: int, value: bytes, complaint: str) ->
     lying += struct.pack("<Q", xxhash.xxh3_64_intdigest(lying))
     with pytest.raises(CorruptBlock, match=complaint):
         read_segment(lying, NAMESPACE, MAX_BLOCK)
+
+
+@pytest.mark.parametrize("spoil", [{"count": MAX_PACK_BLOCKS + 1}, {"position": 2**32 - 1}])
+def test_packs_that_cannot_be_are_refused(spoil: dict[str, int]) -> None:
+    table = PackTable.of([make_pack(1, range(MAX_PACK_BLOCKS + 1), 16, 10)])
+    if "count" not in spoil:
+        table = PackTable.of([make_pack(1, range(2), 16, 10)])
+    for column, value in spoil.items():
+        table.packs[column] = value
+    with pytest.raises(CorruptBlock, match="an impossible pack"):
+        table.check(MAX_BLOCK)
 
 
 def test_match_is_the_longest_leading_run() -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from kvtier.codec import BlockCodec
-from kvtier.store import ticket_slot
+from kvtier.store import ticket_slot, writing
 from tests.store_support import LAYOUT, NAMESPACE, ROOT, DictTier, chain, content, make_store, read, save
 
 PATIENT = 20.0
@@ -202,6 +202,38 @@ def test_a_tier_that_hangs_on_write_loses_blocks_but_holds_nobody_up():
     assert len(fast.blocks) + store.stats().get("encode_dropped_blocks", 0) == 40
     assert not store.flush(0.05)
     hang.set()
+    store.close(5)
+
+
+def test_what_waits_for_a_slow_tier_is_bounded_in_bytes(monkeypatch):
+    hang, begun = threading.Event(), threading.Event()
+    tier = DictTier("disk")
+    honest = tier.write
+
+    def write(blocks):
+        begun.set()
+        hang.wait(PATIENT)
+        return honest(blocks)
+
+    tier.write = write
+    store = make_store([tier])
+    save(store, chain(1, 100))
+    assert begun.wait(PATIENT)
+    until = time.monotonic() + PATIENT
+    size = store.stats()["queued_bytes"]
+    assert size > 0
+    monkeypatch.setattr(writing, "MAX_QUEUED_BYTES", 3 * size)
+    for seed in range(6):
+        save(store, chain(1, seed))
+    while store.stats()["encoding_blocks"]:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    values = store.stats()
+    assert 0 < values["queued_bytes"] <= 3 * size
+    assert values["disk_dropped_blocks"] >= 3
+    hang.set()
+    assert store.flush(PATIENT)
+    assert len(tier.blocks) == 7 - values["disk_dropped_blocks"]
     store.close(5)
 
 
