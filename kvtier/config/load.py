@@ -33,6 +33,7 @@ _SECTIONS: Mapping[_Key, type[BaseModel]] = {
 _KEY_SOURCES = (("s3", "access_key_env"), ("s3", "secret_key_env"))
 _LITERAL_KEY = re.compile(r"(access|secret|api).*key|^key$|token|passw|credential", re.IGNORECASE)
 _DOLLAR = re.compile(rf"\$\$|{REFERENCE_PATTERN}|\$")
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.IGNORECASE)
 _ABSENT = object()
 _EMPTY = ()
 """Stands for a key without a value, which no rule accepts; None would mean that the key is left out."""
@@ -136,7 +137,13 @@ def _syntax_message(error: yaml.YAMLError, source: str) -> str:
 
 
 def _collect_lines(node: yaml.Node, section: _Key, lines: dict[_Key, int], problems: _Problems) -> None:
-    """Note the line of each key, and the keys that stand twice in the same mapping."""
+    """Note the line of each key, the keys that stand twice in the same mapping, and numbers that mislead."""
+    if isinstance(node, yaml.ScalarNode) and _is_odd_number(node) and _is_known(section):
+        problems.add(
+            section,
+            f"{_shown(node.value)} is no plain decimal number: YAML would take it for an octal, hexadecimal, "
+            "binary or base-60 one; allowed: digits without a zero before them, underscores and colons",
+        )
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
@@ -147,6 +154,17 @@ def _collect_lines(node: yaml.Node, section: _Key, lines: dict[_Key, int], probl
             _collect_lines(value_node, key, lines, problems)
         else:
             problems.add(key, f"stands twice, first in line {first}; allowed: once")
+
+
+def _is_odd_number(node: yaml.ScalarNode) -> bool:
+    """Tell whether YAML 1.1 makes a number of a text that says another one to people, such as 010 or 1:30."""
+    return node.tag.endswith((":int", ":float")) and not _DECIMAL.fullmatch(node.value)
+
+
+def _is_known(key: _Key) -> bool:
+    """Tell whether there is such a key, whose value may be shown: what stands elsewhere may be a secret."""
+    model = _SECTIONS.get(key[:-1])
+    return model is not None and bool(key) and key[-1] in model.model_fields and key not in _KEY_SOURCES
 
 
 def _build(data: Any, problems: _Problems) -> Config:

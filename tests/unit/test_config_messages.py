@@ -49,6 +49,13 @@ def s3(line: str) -> str:
         ),
         ("memory: {size: -5}", "1: memory.size: -5 is no size; allowed: "),
         ("memory: {size: 2.5}", "1: memory.size: 2.5 is no size; allowed: "),
+        ("memory: {size: 010}", '1: memory.size: "010" is no plain decimal number: .*octal'),
+        ("memory:\n  size: 1:30\n", '2: memory.size: "1:30" is no plain decimal number: .*base-60'),
+        ("memory: {size: 0x4000000}", '1: memory.size: "0x4000000" is no plain decimal number: '),
+        ("memory: {size: 67_108_864}", '1: memory.size: "67_108_864" is no plain decimal number: '),
+        (s3("quota: 12:30:45"), '4: s3.quota: "12:30:45" is no plain decimal number: '),
+        (s3("concurrency: 010"), '4: s3.concurrency: "010" is no plain decimal number: '),
+        (s3("index_refresh: 1:30.5"), '4: s3.index_refresh: "1:30.5" is no plain decimal number: '),
         ("memory: {size: yes}", "1: memory.size: true is no size; allowed: "),
         ("memory: {size: [1]}", r"1: memory.size: \[1\] is no size; allowed: "),
         ("memory: {size: 2020-01-01}", '1: memory.size: "2020-01-01" is no size; allowed: '),
@@ -358,6 +365,11 @@ def test_messages_do_not_show_secrets(files: Files, monkeypatch: pytest.MonkeyPa
         assert "is no URL" in said
         return
     assert "hunter2" not in said, said
+
+
+@pytest.mark.parametrize("key", ["secret_key", "access_key_env", "password", "passphras"])
+def test_numbers_that_may_be_secrets_are_not_shown(files: Files, key: str) -> None:
+    assert "0777123" not in files.problem(s3(f"{key}: 0777123"))
 
 
 def test_nothing_that_is_printed_shows_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
