@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
-from kvtier.codec import BlockCodec
+from kvtier.codec import BlockCodec, StoredFile
 from kvtier.errors import CorruptBlock, SlotMisfit
 from kvtier.store.base import ticket_slot
 from kvtier.store.gate import Pace, patience
-from kvtier.tiers import Buffer, StoredBlock, Tier
+from kvtier.tiers import Buffer, ReadsFiles, StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
 
 _log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ class Stager:
     def _read(self, depth: int, fetch: _Fetch) -> None:
         lane = self._lanes[depth]
 
-        def deliver(block: bytes, payload: Buffer | None) -> None:
+        def deliver(block: bytes, payload: Buffer | StoredFile | None) -> None:
             # Whoever takes the ticket out owns the slot: a second delivery must not touch it.
             ticket = fetch.tickets.pop(block, None)
             if ticket is None:
@@ -223,11 +223,15 @@ class Stager:
             finally:
                 if not landed:
                     fetch.failed.append((block, ticket))
-            if landed and payload is not None:
-                self._promote(depth, StoredBlock(block, bytes(len(block)), 0, payload))
+            if landed and payload is not None and depth:
+                whole = payload.read() if isinstance(payload, StoredFile) else payload
+                self._promote(depth, StoredBlock(block, bytes(len(block)), 0, whole))
 
         try:
-            lane.tier.read(list(fetch.tickets), deliver)
+            if isinstance(lane.tier, ReadsFiles):
+                lane.tier.read_files(list(fetch.tickets), deliver)
+            else:
+                lane.tier.read(list(fetch.tickets), deliver)
         finally:
             while fetch.tickets:
                 fetch.failed.append(fetch.tickets.popitem())
@@ -236,7 +240,7 @@ class Stager:
                 fetch.end()
             self._fall_through(depth, fetch.failed)
 
-    def _land(self, fetch: _Fetch, block: bytes, ticket: int, payload: Buffer) -> bool:
+    def _land(self, fetch: _Fetch, block: bytes, ticket: int, payload: Buffer | StoredFile) -> bool:
         lane = fetch.lane
         try:
             self._codec.decode(block, payload, self._memory.view(ticket_slot(ticket)))

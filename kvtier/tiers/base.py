@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    # The codec takes a second to import, which not every process needs.
+    from kvtier.codec import StoredFile
 
 Buffer = bytes | bytearray | memoryview
 
 Deliver = Callable[[bytes, Buffer | None], None]
 """Receives one block: its hash, and its payload or None for a miss; valid only during the call."""
+
+
+DeliverFile = Callable[[bytes, "StoredFile | None"], None]
+"""Receives the file of one block, open during the call, or None for a miss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,15 @@ class Tier(Protocol):
 
     def close(self, timeout: float = 10.0) -> None:
         """Flush within `timeout` seconds and free everything; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A tier whose blocks lie in local files, which can be decoded from there without a copy in between."""
+
+    def read_files(self, hashes: Sequence[bytes], deliver: DeliverFile) -> None:
+        """Do as `Tier.read` does, but hand out each block's open file, which is closed after `deliver`."""
         ...
 
 

@@ -17,9 +17,10 @@ from typing import TypeVar
 
 from kvtier._logging import log_once
 from kvtier._workers import Workers
-from kvtier.errors import ConfigError
+from kvtier.codec import StoredFile
+from kvtier.errors import ConfigError, CorruptBlock
 from kvtier.hashing import Namespace
-from kvtier.tiers.base import Deliver, StoredBlock
+from kvtier.tiers.base import Deliver, DeliverFile, StoredBlock
 from kvtier.tiers.disk_health import Health
 from kvtier.tiers.disk_shard import SET_ASIDE, DiskShard
 
@@ -131,19 +132,36 @@ class DiskTier:
 
         A hash that is named twice is delivered twice.
         """
+
+        def deliver_bytes(block_hash: bytes, file: StoredFile | None) -> None:
+            payload: bytes | None = None
+            try:
+                payload = file.read() if file is not None else None
+            except CorruptBlock as error:
+                self._health.failed(error)
+                self.discard([block_hash])
+            deliver(block_hash, payload)
+
+        self.read_files(hashes, deliver_bytes)
+
+    def read_files(self, hashes: Sequence[bytes], deliver: DeliverFile) -> None:
+        """Do as `read` does, but hand out each block's open file, which is closed after `deliver`."""
         now = time.time()
 
-        def read_one(job: tuple[int, bytes]) -> None:
+        def open_one(job: tuple[int, bytes]) -> None:
             index, block_hash = job
             # Later blocks of a chain count as used earlier: its tail is evicted before its head.
-            payload = self._shard(block_hash).read(block_hash, now - index * 1e-6)
-            self._health.count("misses" if payload is None else "hits")
+            file = self._shard(block_hash).open(block_hash, now - index * 1e-6)
+            self._health.count("misses" if file is None else "hits")
             try:
-                deliver(block_hash, payload)
+                deliver(block_hash, file)
             except Exception as error:  # noqa: BLE001 - one receiver's defect must not cost the others their blocks
                 log_once(_logger, "deliver", "a receiver of blocks raised %r", error)
+            finally:
+                if file is not None:
+                    os.close(file.descriptor)
 
-        _share(self._readers, _READERS, list(enumerate(hashes)), read_one)
+        _share(self._readers, _READERS, list(enumerate(hashes)), open_one)
 
     def write(self, blocks: Sequence[StoredBlock]) -> int:
         """Write blocks that are not held yet; larger ones than `max_payload_bytes` are refused."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from diskcache import UNKNOWN, Disk
 from diskcache.core import MODE_BINARY
 
+from kvtier.codec import StoredFile
 from kvtier.errors import CorruptBlock, TierUnavailable
 from kvtier.hashing import HASH_BYTES
 
@@ -125,33 +126,26 @@ class BlockFiles(Disk):  # type: ignore[misc]
             os.close(descriptor)
         return BlockFile(name, payload.nbytes)
 
-    def read(self, file: BlockFile) -> bytes:
-        """Read a file whole.
+    def open(self, file: BlockFile) -> StoredFile:
+        """Open a file for reading; whoever calls closes it.
 
         Raises:
             FileNotFoundError: It is gone: evicted a moment ago.
-            CorruptBlock: It has another length than its row says, is no file, or cannot be read.
-            TierUnavailable: The process has no descriptor or memory left to read it.
+            CorruptBlock: It has another length than its row says, is no file, or cannot be opened.
+            TierUnavailable: The process has no descriptor or memory left to open it.
         """
         try:
             descriptor = os.open(os.path.join(self._directory, file.name), _READ_FLAGS)
-            try:
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode) or found.st_size != file.length:
-                    raise CorruptBlock(
-                        f"a block's file has {found.st_size} bytes, its row says {file.length}"
-                    )
-                payload = os.read(descriptor, file.length)
-            finally:
-                os.close(descriptor)
         except FileNotFoundError:
             raise
         except OSError as error:
             kind = TierUnavailable if error.errno in _PASSING else CorruptBlock
-            raise kind(f"a block's file cannot be read: {error}") from error
-        if len(payload) != file.length:
-            raise CorruptBlock(f"a block's file ended after {len(payload)} of {file.length} bytes")
-        return payload
+            raise kind(f"a block's file cannot be opened: {error}") from error
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != file.length:
+            os.close(descriptor)
+            raise CorruptBlock(f"a block's file has {found.st_size} bytes, its row says {file.length}")
+        return StoredFile(descriptor, file.length)
 
     def remove(self, file_path: object) -> None:
         """Remove a block's file, if it is there and its name is one that `store` made."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diskcache import DEFAULT_SETTINGS, EVICTION_POLICY, Cache, Timeout
 
+from kvtier.codec import StoredFile
 from kvtier.errors import CorruptBlock, TierUnavailable
 from kvtier.hashing import HASH_BYTES
 from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFiles
@@ -88,17 +89,24 @@ class DiskShard:
         """Whether the shard can serve."""
         return self._cache is not None
 
-    def read(self, block_hash: bytes, used_at: float) -> bytes | None:
-        """Return a block, or None and forget it if it is gone; `used_at` is in seconds since the epoch."""
+    def open(self, block_hash: bytes, used_at: float) -> StoredFile | None:
+        """Open a block's file for the caller to close, or return None and forget the block if it is gone.
+
+        Args:
+            block_hash: The block.
+            used_at: When it is used, in seconds since the epoch.
+        """
         cache = self._cache
         if cache is None or block_hash not in self.held:
             return None
+        opened: StoredFile | None = None
         try:
             with self._take_turn():
                 file = cache.get(self._namespace + block_hash)
-            payload: bytes = cache.disk.read(file) if file is not None else b""
+            if file is not None:
+                opened = cache.disk.open(file)
         except FileNotFoundError:
-            file = None
+            opened = None
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
             cause = self._health.failed(error)
             if isinstance(error, CorruptBlock):
@@ -108,12 +116,12 @@ class DiskShard:
             else:
                 self._recover(cache, cause)
             return None
-        if file is None:
+        if opened is None:
             self._delete(cache, block_hash)
             return None
         with self._used_lock:
             self._used[block_hash] = used_at
-        return payload
+        return opened
 
     def write(self, block_hash: bytes, payload: memoryview) -> bool:
         """Keep a block unless it is held already, and evict what has become too much.

@@ -284,14 +284,17 @@ def test_fetch_refuses_what_store_did_not_make(mode: object, filename: object, v
     files.remove(filename)
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     files = BlockFiles(str(tmp_path), max_payload_bytes=100)
     file = files.write(files.name(bytes(16)), memoryview(b"x" * 50))
-    assert files.read(file) == b"x" * 50
-    real = os.read
-    monkeypatch.setattr(os, "read", lambda descriptor, count: real(descriptor, count - 1))
+    opened = files.open(file)
+    assert opened.read() == b"x" * 50
+    os.truncate(tmp_path / file.name, 49)
     with pytest.raises(CorruptBlock, match="49 of 50"):
-        files.read(file)
+        opened.read()
+    os.close(opened.descriptor)
+    with pytest.raises(CorruptBlock, match="49 bytes"):
+        files.open(file)
 
 
 def test_keys_are_raw_bytes_both_ways(tmp_path: Path) -> None:
