@@ -152,14 +152,19 @@ def test_a_tier_that_delivers_twice_does_not_touch_a_promised_slot():
     hashes = chain(1)
     tier = filled("s3", hashes)
     wrong = bytes(len(tier.blocks[hashes[0]]))
+    accepted, promised = threading.Event(), threading.Event()
 
     def read_twice(blocks, deliver):
         deliver(blocks[0], tier.blocks[blocks[0]])
+        promised.wait(PATIENT)
         deliver(blocks[0], wrong)
+        accepted.set()
 
     tier.read = read_twice
     store = make_store([tier])
     match = store.match(hashes, wait=PATIENT)
+    promised.set()
+    assert accepted.wait(PATIENT)
     assert read(store, match.slots) == [content(hashes[0])]
     assert "s3_corrupt_blocks" not in store.stats()
     store.close(5)
