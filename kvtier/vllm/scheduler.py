@@ -26,7 +26,7 @@ from kvtier.vllm.stores import open_part
 _log = logging.getLogger(__name__)
 
 
-_NAP_SECONDS = 0.002
+_NAP_SECONDS = 0.005
 """How long a lookup may wait while nothing is computed."""
 
 
