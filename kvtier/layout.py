@@ -54,12 +54,14 @@ class BlockLayout:
         """Check that the numbers describe a possible block.
 
         Raises:
-            LayoutError: An unknown dtype, a number below 1, heads that do not fill a row, or a block of more
-                than `MAX_BLOCK_BYTES`.
+            LayoutError: An unknown dtype, a number that is no whole one or below 1, heads that do not fill a
+                row, or a block of more than `MAX_BLOCK_BYTES`.
         """
         if self.dtype not in ITEM_BYTES:
             raise LayoutError(f"KV dtype {self.dtype!r} is not supported; allowed: {', '.join(ITEM_BYTES)}")
         numbers = (self.tokens_per_block, self.layers, self.kv_factor, self.row_elements, self.shards)
+        if any(not isinstance(number, int) for number in (*numbers, self.head_dim)):
+            raise LayoutError(f"a block needs whole numbers, got {self}")
         if min(numbers) < 1:
             raise LayoutError(f"a block needs positive dimensions, got {self}")
         if self.head_dim < 0 or (

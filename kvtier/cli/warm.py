@@ -99,7 +99,7 @@ def read_prompts(file: Path, encode: Encode) -> Iterator[tuple[Sequence[int], st
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}:{number}: is no JSON: {error}") from error
         entry = {"prompt": entry} if isinstance(entry, str) else entry
         asked = [

@@ -214,6 +214,7 @@ def test_small_segments_stay_when_the_large_one_is_spoilt() -> None:
         b"",
         b"not json",
         b"[]",
+        b"[" * 500_000,
         b'{"large": 1, "small": 2}',
         b'{"large": [[1]], "small": [{}]}',
         json.dumps({"large": [], "small": [KEYS.new_segment(1)]}).encode(),

@@ -354,5 +354,5 @@ class Catalog:
 def _same_json(ours: bytes, theirs: bytes) -> bool:
     try:
         return bool(json.loads(ours) == json.loads(theirs))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

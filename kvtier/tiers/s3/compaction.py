@@ -143,7 +143,7 @@ class Compactor:
             self._bucket.get_range(item.key, 0, memoryview(data))
             record = json.loads(data)
             large, small = record["large"], record["small"]
-        except (ObjectMissing, ValueError, KeyError, TypeError):
+        except (ObjectMissing, ValueError, KeyError, TypeError, RecursionError):
             return (), ()
         if not isinstance(large, list) or not isinstance(small, list):
             return (), ()

@@ -58,7 +58,7 @@ def read_facts(bucket: Bucket, keys: Keys, name: str) -> Mapping[str, Any]:
         facts = json.loads(data)
         del facts["id"]
         namespace = Namespace.from_facts(facts)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptBlock(f"{keys.namespace} is not the document of a namespace") from error
     if namespace.hex != name:
         raise CorruptBlock(f"{keys.namespace} describes another namespace, or one of another version")

@@ -133,7 +133,7 @@ class Upkeep:
             # Neither passes by itself.
             self._collects = False
             log_once(_logger, "gc", "this node collects no garbage: %s", error)
-        except KvTierError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it meets there: this thread goes on
             self._counters.add("gc_failed")
             log_once(_logger, "gc", "collecting garbage failed, it goes on another time: %s", error)
 
