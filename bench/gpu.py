@@ -1,6 +1,7 @@
 """Time to first token on a GPU, cold and warm: from the arena, the disk, and a bucket on the same machine.
 
-    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5] [--format raw|planes]
+    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5]
+                        [--slots raw,planes] [--agent inprocess|auto]
                         [--parts arena,disk,bucket,exact,explain,layers]
 
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
@@ -13,30 +14,23 @@ disk and bucket cannot be measured with one. Prints a table and JSON.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import random
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from overhead import timed
+from gpu_engines import TOKENS_PER_BLOCK, Bench, Run, Text, ask, count, saved, text_tokens
 from s3_server import FastServer
 
-from kvtier.engine import Engine, EngineConfig, GpuLlama, LlamaConfig, LlamaModel, Model, Request, model_dir
-from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
+from kvtier.engine import GpuLlama, LlamaConfig, LlamaModel, model_dir
 
-TOKENS_PER_BLOCK = 32
-OUTPUT = 16
 KEPT = 2
 """Prompts of each length that are asked again."""
 
@@ -44,124 +38,6 @@ SHAPES = {
     "8b": (LlamaConfig(32, 4096, 32, 8, 128, 1e-5, 500000.0, 128256), 14336),
     "tiny": (LlamaConfig(2, 64, 4, 2, 16, 1e-5, 10000.0, 1000), 128),
 }
-
-
-@dataclass
-class Bench:
-    """What all measurements share.
-
-    Attributes:
-        model: The model.
-        device: Where it computes.
-        directory: For configurations, sockets and the disk tier.
-        longest: Tokens of the longest prompt.
-        block_bytes: Of a block in the pool.
-        slots: Form of the arena's slots.
-        agent: Where the store is: "inprocess", or "auto" for a process of its own.
-        rng: Makes prompts.
-    """
-
-    model: Any
-    device: str
-    directory: Path
-    longest: int
-    block_bytes: int
-    slots: str
-    agent: str
-    rng: random.Random = field(default_factory=lambda: random.Random(5))
-
-    def prompt(self, length: int) -> list[int]:
-        """Return a prompt that nobody has seen."""
-        return [self.rng.randrange(self.model.spec.vocab_size) for _ in range(length)]
-
-    def blocks(self, prompts: int) -> int:
-        """Return how many blocks so many of the longest prompts take."""
-        return prompts * (self.longest // TOKENS_PER_BLOCK + 2) + 8
-
-    @contextmanager
-    def engine(
-        self, tiers: dict[str, Any] | None, model: Model | None = None, explain: bool = False, **llm_args: Any
-    ) -> Iterator[Engine]:
-        """Run an engine, with kvtier if tiers are given; at its end all is written.
-
-        Args:
-            tiers: Configuration of kvtier, but for what all engines have.
-            model: None for the bench's.
-            explain: Whether the connector's calls are timed.
-            llm_args: Arguments that the connector sees.
-        """
-        config = EngineConfig(
-            num_blocks=self.blocks(2), tokens_per_block=TOKENS_PER_BLOCK, version="1.3", poison=False,
-            device=self.device,
-        )  # fmt: skip
-        connector: dict[str, Any] = {}
-        if tiers is not None:
-            file = self.directory / "kvtier.yaml"
-            agent = {"mode": self.agent, "directory": str(self.directory / "agent"), "linger": "1s"}
-            file.write_text(yaml.safe_dump({"flush_timeout": "5m", "agent": agent, **tiers}))
-            os.environ["KVTIER_CONFIG"] = str(file)
-            classes = KvTierConnectorLeader, KvTierConnectorWorker
-            leader, worker = map(timed, classes) if explain else classes
-            connector = {"leader_class": leader, "worker_class": worker, "llm_args": llm_args}
-        engine = Engine(model or self.model, config, **connector)
-        try:
-            if tiers is not None:
-                # Until the agent is there and its memory is pinned, nothing is saved.
-                while not saved(engine, 1, 0.0):
-                    ask(engine, self.prompt(TOKENS_PER_BLOCK + 1), 1)
-                    time.sleep(0.05)
-            yield engine
-        finally:
-            engine.close()
-            if engine.connector is not None:
-                engine.connector.worker.close()
-                engine.connector.leader.close()
-            del engine
-            gc.collect()
-
-    def memory(self, prompts: int) -> dict[str, Any]:
-        """Return the configuration of an arena for so many of the longest prompts."""
-        slot = self.block_bytes * (0.78 if self.slots == "planes" else 1) + 4096
-        size = f"{int(self.blocks(prompts) * slot / 2**20) + 1}MiB"
-        return {"memory": {"size": size, "format": self.slots}}
-
-
-@dataclass
-class Run:
-    """One request: seconds to the first token, a token after that, and in all; tokens brought; the output."""
-
-    ttft: float
-    next: float
-    total: float
-    external: int
-    output: list[int]
-
-
-def ask(engine: Engine, prompt: Sequence[int], output: int = OUTPUT) -> Run:
-    """Run a request alone."""
-    started = time.perf_counter()
-    request_id = engine.submit(Request(list(prompt), output))
-    engine.settle(300)
-    total = time.perf_counter() - started
-    metrics = engine.metrics(request_id)
-    assert metrics.ttft_s is not None
-    after = (total - metrics.ttft_s) / max(1, output - 1)
-    return Run(metrics.ttft_s, after, total, metrics.tokens_external, engine.output(request_id))
-
-
-def count(engine: Engine) -> int:
-    """Return how many blocks an engine has saved."""
-    return int(engine.connector.worker.stats().get("saved_blocks", 0)) if engine.connector else 0
-
-
-def saved(engine: Engine, blocks: int, timeout: float = 10.0) -> bool:
-    """Say whether so many blocks are in the arena, before the time is up."""
-    deadline = time.monotonic() + timeout
-    while count(engine) < blocks:
-        if time.monotonic() > deadline:
-            return False
-        engine.idle()
-    return True
 
 
 def middle(values: Sequence[float]) -> float:
@@ -315,21 +191,46 @@ def exact(bench: Bench, lengths: Sequence[int], directory: Path) -> list[dict[st
     return rows
 
 
-class Text(Bench):
-    """Prompts are stretches of text."""
-
-    tokens: list[int]
-
-    def prompt(self, length: int) -> list[int]:  # noqa: D102
-        start = self.rng.randrange(len(self.tokens))
-        return [self.rng.randrange(1000), *(self.tokens * 9)[start : start + length - 1]]
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def model_files(place: Path, shape: LlamaConfig) -> Path:
+    """Write what names a model: without weight files its blocks would be private to one engine."""
+    place.mkdir()
+    config = {
+        "num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "head_dim": shape.head_dim,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+    }  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "model.safetensors").write_bytes(os.urandom(4096))
+    return place
+
+
+def measure(bench: Bench, parts: Sequence[str], lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """Run the parts that make rows of the table."""
+    rows: list[dict[str, Any]] = [{"tokens": length} for length in lengths]
+    if "arena" in parts:
+        rows = cold_and_arena(bench, lengths, rounds)
+    disk = {"path": str(bench.directory / f"disk-{bench.slots}"), "size": "40GiB"}
+    if "disk" in parts:
+        add(rows, from_below(bench, "disk", {"disk": disk}, lengths))
+    with FastServer() if "bucket" in parts else nullcontext() as server:
+        if server is not None:
+            os.environ.update(BENCH_KEY="key", BENCH_SECRET="secret")  # noqa: S106
+            keys = {"access_key_env": "BENCH_KEY", "secret_key_env": "BENCH_SECRET"}
+            bucket = {"bucket": "bench", "endpoint": server.endpoint, **keys}
+            add(rows, from_below(bench, "bucket", {"s3": bucket}, lengths))
+    return [{"slots": bench.slots, "agent": bench.agent, **row} for row in rows]
+
+
+def add(rows: Sequence[dict[str, Any]], found: dict[int, Any]) -> None:
+    """Add columns to the rows of each length."""
+    for row in rows:
+        row.update(found[row["tokens"]])
 
 
 def main() -> None:
@@ -339,7 +240,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,8192,32768")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--format", choices=["raw", "planes"], default="raw")
+    parser.add_argument("--slots", default="raw", help="raw, planes or both: raw,planes")
     parser.add_argument("--agent", choices=["inprocess", "auto"], default="inprocess")
     parser.add_argument("--parts", default="arena,disk,bucket,exact")
     options = parser.parse_args()
@@ -352,50 +253,30 @@ def main() -> None:
         model = GpuLlama.load(weights, options.device)
     else:
         shape, intermediate = SHAPES[options.model]
-        model = GpuLlama.random(shape, intermediate, f"random-{options.model}", device=options.device)
+        name = str(model_files(directory / "model", shape))
+        model = GpuLlama.random(shape, intermediate, name, device=options.device)
     spec = model.spec
     block_bytes = spec.layers * 2 * spec.kv_heads * TOKENS_PER_BLOCK * spec.head_dim * 2
-    kind = Bench if weights is None else Text
-    common = model, options.device, directory, max(lengths), block_bytes
-    bench = kind(*common, options.format, options.agent)
-    if isinstance(bench, Text):
-        bench.tokens = text_tokens(weights)
-    rows: list[dict[str, Any]] = [{"tokens": length} for length in lengths]
+    rows: list[dict[str, Any]] = []
     try:
-        if "explain" in parts:
-            explain(bench, lengths, options.rounds)
-        if "layers" in parts:
-            by_layer(bench, lengths, options.rounds)
-        if "arena" in parts:
-            rows = cold_and_arena(bench, lengths, options.rounds)
-        lower: dict[str, dict[str, Any]] = {"disk": {"path": str(directory / "disk"), "size": "40GiB"}}
-        with FastServer() if "bucket" in parts else nullcontext() as server:
-            if server is not None:
-                os.environ.update(BENCH_KEY="key", BENCH_SECRET="secret")  # noqa: S106
-                lower["s3"] = {
-                    "bucket": "bench", "endpoint": server.endpoint,
-                    "access_key_env": "BENCH_KEY", "secret_key_env": "BENCH_SECRET",
-                }  # fmt: skip
-            for part, key in (("disk", "disk"), ("bucket", "s3")):
-                if part in parts:
-                    measured = from_below(bench, part, {key: lower[key]}, lengths)
-                    for row in rows:
-                        row.update(measured[row["tokens"]])
-        extra = exact(bench, lengths, weights) if weights is not None and "exact" in parts else []
+        for slots in options.slots.split(","):
+            bench = (Bench if weights is None else Text)(
+                model, options.device, directory, max(lengths), block_bytes, slots, options.agent
+            )
+            if isinstance(bench, Text):
+                bench.tokens = text_tokens(weights)
+            if "explain" in parts:
+                explain(bench, lengths, options.rounds)
+            if "layers" in parts:
+                by_layer(bench, lengths, options.rounds)
+            rows += measure(bench, parts, lengths, options.rounds)
+            if weights is not None and "exact" in parts:
+                rows += exact(bench, lengths, weights)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    facts = {"machine": machine, **{name: getattr(options, name) for name in ("model", "format", "agent")}}
-    print(json.dumps({**facts, "rows": rows + extra}))
+    print(json.dumps({"machine": machine, "model": options.model, "rows": rows}))
     print(table(rows))
-
-
-def text_tokens(directory: Path | None) -> list[int]:
-    """Return the documentation as tokens."""
-    from kvtier.engine import Tokenizer
-
-    text = "\n".join(path.read_text() for path in sorted(Path(__file__).parent.parent.glob("docs/*.md")))
-    return list(Tokenizer(directory).encode(text))
 
 
 if __name__ == "__main__":
