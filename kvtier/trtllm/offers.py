@@ -79,11 +79,13 @@ class Offers:
         """
         self._offer(grown, store, groups, turn)
         offers, self._open = self._open, []
+        # Where attention has windows, pages that the next pass does not look at any more are lost to it.
+        windows = any(group.window is not None for group in groups)
         ordered: list[tuple[int, list[Save]]] = []
         for number, offer in enumerate(offers):
             try:
                 if offer.state.turn == turn and offer.state.placement == offer.placement:
-                    saves = self._redeem(offer, store, groups, turn)
+                    saves = self._redeem(offer, store, groups, turn, windows)
                     if saves:
                         ordered.append((offer.request_id, saves))
                 elif self._is_over(offer):
@@ -165,12 +167,10 @@ class Offers:
             )
 
     def _redeem(
-        self, offer: _Offer, store: StoreClient, groups: Sequence[PageGroup], turn: int
+        self, offer: _Offer, store: StoreClient, groups: Sequence[PageGroup], turn: int, wait: bool
     ) -> list[Save] | None:
         """Order the blocks of an offer whose request is scheduled; None, and it stays, without an answer."""
-        # Where attention has windows, pages that the next pass does not look at any more are lost to it.
-        windows = any(group.window is not None for group in groups)
-        tickets = offer.reservation.take(wait=windows)
+        tickets = offer.reservation.take(wait=wait)
         if tickets is None:
             if self._is_over(offer):
                 _give_back(offer, store)

@@ -168,8 +168,10 @@ class RequestState:
     seen: float = 0.0
     looked_at: float = 0.0
     _reported: list[int] = field(default_factory=list)
-    # Whether the next step is likely to be one of a single token, with no more than that to note.
+    # Whether the next step is likely to be one of a single token, with no more than that to note; and whether
+    # pages were reported with the last one.
     _decoding: bool = False
+    _turned: bool = False
     _cache: HashCache | None = None
 
     @classmethod
@@ -258,19 +260,18 @@ class RequestState:
             and self.promise is None
             and len(new) == 1
             and type(position) is int
-            and not data.new_block_ids
             and getattr(data, "num_scheduled_tokens", None) == 1
             and not getattr(data, "new_block_ids_by_layer_group", None)
         ):
+            if data.new_block_ids or self._turned:
+                self._turn(data.new_block_ids)
             tokens = self.tokens
             tokens.append(new[0])
             self.computed = position
             return position + 1 if position < len(tokens) else len(tokens)
         valid = self.advance(data, is_new=False)
-        self._decoding = (
-            self.computed >= (self.prompt or 0)
-            and len(self._reported) == len(self.pages) == 1
-            and self.fresh == self._reported[0]
+        self._decoding = self._turned = (
+            self.computed >= (self.prompt or 0) and len(self._reported) == len(self.pages) == 1
         )
         return valid
 
@@ -304,6 +305,20 @@ class RequestState:
         start = block * self.tokens_per_block
         return all(group.window is None or start > self.computed - group.window for group in groups)
 
+    def _turn(self, ids: Sequence[int]) -> None:
+        """Take the pages, if any, that a pass adds to the only list of them; `_turned` if there are."""
+        start = self.fresh = self._reported[0]
+        if ids:
+            self._append(0, ids)
+        self._turned = start != self._reported[0]
+
+    def _append(self, group: int, ids: Sequence[int]) -> None:
+        known, start = self.pages[group], self._reported[group]
+        if len(known) < start:
+            known.extend([NO_PAGE] * (start - len(known)))
+        known[start : start + len(ids)] = ids
+        self._reported[group] = start + len(ids)
+
     def _take_pages(self, data: Any, is_new: bool) -> bool:
         by_group = getattr(data, "new_block_ids_by_layer_group", None)
         if not by_group and not data.new_block_ids and len(self._reported) == len(self.pages) == 1:
@@ -320,10 +335,7 @@ class RequestState:
             self._reported.append(0)
         self.fresh = min(self._reported[: len(lists)])
         for group, ids in enumerate(lists):
-            known, start = self.pages[group], self._reported[group]
-            known.extend([NO_PAGE] * (start - len(known)))
-            known[start : start + len(ids)] = ids
-            self._reported[group] = start + len(ids)
+            self._append(group, ids)
         return lists is by_group
 
     def _computed(self, position: int, grouped: bool) -> int:
