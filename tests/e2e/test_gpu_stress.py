@@ -124,11 +124,11 @@ def stress(
 @pytest.mark.parametrize("offset", range(3))
 def test_every_byte_is_right(offset, default_stream, slots, monkeypatch, tmp_path):
     wrong, counts, stats = stress(
-        CudaTransfers, SEED + offset, monkeypatch, tmp_path, 250, default_stream, slots
+        CudaTransfers, SEED + offset, monkeypatch, tmp_path, 150, default_stream, slots
     )
     assert wrong == 0
-    assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 20
-    assert (counts.by_layer > 20) == (slots == "raw")
+    assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 10
+    assert (counts.by_layer > 10) == (slots == "raw")
     assert (stats["store_leases"], stats["store_filling_slots"]) == (0, 0)
 
 
