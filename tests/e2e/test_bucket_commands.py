@@ -173,18 +173,22 @@ def test_verify_lists_what_is_damaged_and_repairs_it(s3_bucket: S3Place, run: Co
         spoil(s3_bucket, segment, 100)
     document = f"{s3_bucket.prefix}/{NAMESPACE.hex}/namespace.json"
     s3_bucket.put(document, b"{}")
+    names = Keys(s3_bucket.prefix, NAMESPACE.hex)
+    small = [names.new_tombstone(1), names.new_heat(1)]
+    for key in small:
+        s3_bucket.put(key, b"neither tombstone nor summary")
 
     result = run("verify", "--json")
     assert result.exit_code == 1
     damages = report_of(result)["namespaces"][NAMESPACE.hex]["damages"]
-    assert {damage["key"] for damage in damages} == {flipped, cut, document, *segments}
+    assert {damage["key"] for damage in damages} == {flipped, cut, document, *segments, *small}
     [block] = [damage["block"] for damage in damages if damage["key"] == flipped]
     assert block in {block.hash.hex() for block in blocks}
     assert f"damaged: {flipped} block {block}: " in run("verify").stdout
 
     repaired = run("verify", "--repair", "--json")
     assert repaired.exit_code == 1
-    assert report_of(repaired)["removed"] == 3 + len(segments)
+    assert report_of(repaired)["removed"] == 3 + len(segments) + len(small)
     assert report_of(repaired)["reindexed"] == len(rest)
     assert run("verify").exit_code == 0
     tier = open_tier(s3_bucket)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from kvtier.config import S3Config
@@ -90,6 +92,45 @@ def test_corrupt_and_missing_blocks_are_not_kept() -> None:
     assert source.discarded == [blocks[2].hash]
     assert blocks[0].hash not in source.reads
     assert seen == [wanted[0].size]
+
+
+def test_a_rate_holds_for_every_half_second_and_nothing_rests_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is fetched at once is no more than the rate allows in half a second, however large packs are."""
+    blocks = chain(3 * WINDOW + 5, size=1000)
+    index = BlockIndex()
+    index.add(packs_of(blocks, WINDOW, 2 * WINDOW))
+    source, sink = DictTier("s3"), DictTier("disk")
+    source.blocks = {block.hash: bytes(block.payload) for block in blocks}
+    total = sum(len(block.payload) for block in blocks)
+
+    class Rests(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            rests.append(timeout or 0.0)
+            return False
+
+    rests: list[float] = []
+    monkeypatch.setattr("kvtier.tiers.s3.warm.Pace", lambda rate: Pace(rate, lambda: 0.0))
+    seen: list[int] = []
+    warmer = Warmer(
+        source,
+        sink,
+        NAMESPACE.id,
+        bytes_per_second=10_000,
+        verify=lambda payload, block_hash, namespace: None,
+        stop=Rests(),
+    )
+    wanted = hottest(index, {}, NOW, 1 << 30)
+    assert warmer.run(wanted, seen.append).blocks == len(blocks)
+    assert sink.blocks == source.blocks
+    assert sum(seen) == sum(part.size for part in wanted)
+    # 5,000 bytes at once: five blocks or so.
+    assert max(seen) < 6_000
+    # The clock stands still, so each rest is until all before it is paid for; none comes after the last.
+    assert len(rests) == len(seen)
+    assert rests[0] == 0
+    assert total * 0.9 / 10_000 < rests[-1] < total / 10_000
 
 
 def test_a_pace_rests_so_long_and_saves_nothing_up() -> None:

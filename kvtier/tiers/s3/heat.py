@@ -38,7 +38,7 @@ _VERSION = 1
 _MAGIC = b"KVTHEAT\n"
 _HEAD = struct.Struct("<8sHHI16s")
 _CHECKSUM = struct.Struct("<Q")
-_MAX_BYTES = _HEAD.size + MAX_FOLDED * _ROW.itemsize + _CHECKSUM.size
+MAX_HEAT_BYTES = _HEAD.size + MAX_FOLDED * _ROW.itemsize + _CHECKSUM.size
 _MAX_COUNT = 1e12
 _MAX_AGE = (1 << 32) - 1
 
@@ -183,7 +183,7 @@ def fold_heat(
 
 def _load(bucket: Bucket, item: ListedObject, namespace: bytes) -> dict[bytes, Use]:
     try:
-        if not 0 < item.size <= _MAX_BYTES:
+        if not 0 < item.size <= MAX_HEAT_BYTES:
             raise CorruptBlock(f"a summary of accesses of {item.size} bytes")
         data = bytearray(item.size)
         bucket.get_range(item.key, 0, memoryview(data))

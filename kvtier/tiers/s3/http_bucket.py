@@ -118,7 +118,7 @@ class HttpBucket:
     def _get_page(self, prefix: str, more: Mapping[str, str]) -> Page:
         self._counters.add("list_requests")
         query, deadline = page_query(prefix, more), self._deadline(MAX_PAGE_BYTES)
-        with self._request("GET", "", {}, b"", deadline, query) as (head, body):
+        with self._request("GET", "", {}, b"", deadline, query, f"LIST {prefix}") as (head, body):
             page = body.read(MAX_PAGE_BYTES)
             if len(page) >= MAX_PAGE_BYTES:
                 raise BadReply(f"LIST {prefix}: a page without end")
@@ -195,12 +195,13 @@ class HttpBucket:
         body: bytes,
         deadline: Deadline,
         query: str = "",
+        what: str = "",
     ) -> Iterator[tuple[ReplyHead, Body]]:
         """Make a request and give its reply if it is a success; expired credentials are renewed once.
 
         Some servers (rclone's) send a part with status 200: what counts is that they say which part it is.
         """
-        what = f"{method} {key}" if key else f"LIST {query}"
+        what = what or f"{method} {key}"
         with contextlib.ExitStack() as stack:
             for last_try in (False, True):
                 head, reply = stack.enter_context(

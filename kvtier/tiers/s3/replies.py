@@ -132,9 +132,10 @@ def error_of(
     if code in _THROTTLED or status in (429, 503):
         return BucketThrottled(text, retry_after(wait))
     if status in (401, 403):
-        return AccessDenied(
-            f"{text}; the credentials need s3:GetObject, s3:PutObject, s3:ListBucket and s3:DeleteObject"
-        )
+        # Whoever asks for anything else says what that needs.
+        usual = what.startswith(("GET ", "PUT ", "LIST ", "DELETE "))
+        needs = "; the credentials need s3:GetObject, s3:PutObject, s3:ListBucket and s3:DeleteObject"
+        return AccessDenied(text + needs if usual else text)
     if status in (400, 501) and put:
         return PutRefused(text, exists=False)
     if status >= 500:

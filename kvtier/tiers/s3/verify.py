@@ -11,10 +11,12 @@ from kvtier._workers import Workers
 from kvtier.codec import check_block
 from kvtier.errors import CorruptBlock
 from kvtier.tiers.s3.bucket import BadReply, Bucket, ListedObject, ObjectMissing
+from kvtier.tiers.s3.heat import MAX_HEAT_BYTES, read_heat
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.namespaces import MAX_PAYLOAD_BYTES, read_facts
 from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer
 from kvtier.tiers.s3.segment import MAX_SEGMENT_BYTES, read_segment
+from kvtier.tiers.s3.tombstone import MAX_TOMBSTONE_BYTES, read_tombstone
 
 _THREADS = 8
 _GAP_BYTES = 1 << 20
@@ -89,7 +91,7 @@ class Verifier:
         return sum(item.size for item in self._bucket.list(self._keys.packs))
 
     def run(self) -> Findings:
-        """Read and check document, index and packs.
+        """Read and check document, index, summaries of accesses and packs.
 
         Raises:
             TierError: The bucket does not answer or refuses.
@@ -97,7 +99,12 @@ class Verifier:
         self._check_document()
         for item in self._bucket.list(self._keys.index):
             if self._keys.segment_time(item.key) is not None:
-                self._check_segment(item)
+                self._check_small(item, MAX_SEGMENT_BYTES, self._check_segment)
+            elif self._keys.index_time(item.key) is not None:
+                self._check_small(item, MAX_TOMBSTONE_BYTES, self._check_tombstone)
+        for item in self._bucket.list(self._keys.heat):
+            if self._keys.is_heat(item.key):
+                self._check_small(item, MAX_HEAT_BYTES, self._check_heat)
         self._check_packs()
         self._found.damages.sort(key=lambda damage: (damage.key, damage.block))
         return self._found
@@ -124,19 +131,28 @@ class Verifier:
         except CorruptBlock as error:
             self._damaged(self._keys.namespace, "", error)
 
-    def _check_segment(self, item: ListedObject) -> None:
+    def _check_small(self, item: ListedObject, limit: int, check: Callable[[bytearray], object]) -> None:
         try:
-            if not 0 < item.size <= MAX_SEGMENT_BYTES:
-                raise CorruptBlock(f"an index segment of {item.size} bytes")
+            if not 0 < item.size <= limit:
+                raise CorruptBlock(f"an object of {item.size} bytes")
             data = bytearray(item.size)
             self._bucket.get_range(item.key, 0, memoryview(data))
-            self._listed.update(read_segment(data, bytes.fromhex(self._name), MAX_PAYLOAD_BYTES).names())
-            self._found.segments += 1
+            check(data)
         except ObjectMissing:
             # Compacted away meanwhile.
             return
         except CorruptBlock as error:
             self._damaged(item.key, "", error)
+
+    def _check_segment(self, data: bytearray) -> None:
+        self._listed.update(read_segment(data, bytes.fromhex(self._name), MAX_PAYLOAD_BYTES).names())
+        self._found.segments += 1
+
+    def _check_tombstone(self, data: bytearray) -> None:
+        read_tombstone(data, bytes.fromhex(self._name))
+
+    def _check_heat(self, data: bytearray) -> None:
+        read_heat(data, 0.0, bytes.fromhex(self._name))
 
     def _check_packs(self) -> None:
         pool = Workers("verify", _THREADS)

@@ -20,6 +20,8 @@ from kvtier.tiers.s3.pace import Pace
 from kvtier.tiers.s3.pack_view import PackView
 
 _BATCH_BYTES = 64 << 20
+_BATCH_SECONDS = 0.5
+"""A batch takes about so long where a rate is set: what is fetched at once is a burst."""
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -134,9 +136,10 @@ class Warmer:
             wanted: What to bring.
             on_bytes: Called with the bytes of each part that is done, also of those that were there already.
         """
-        warmed, pace = Warmed(), Pace(self._rate)
-        for batch in _batches(wanted):
-            if self._stop.is_set():
+        warmed, pace, rest = Warmed(), Pace(self._rate), 0.0
+        limit = _BATCH_BYTES if self._rate is None else min(_BATCH_BYTES, int(self._rate * _BATCH_SECONDS))
+        for batch in _batches(wanted, limit):
+            if self._stop.wait(rest):
                 break
             missing = {
                 block.hash: block for part in batch for block in _blocks(part) if not self._holds(block.hash)
@@ -146,7 +149,7 @@ class Warmer:
             if missing:
                 self._bring(missing, warmed)
             on_bytes(sum(part.size for part in batch))
-            self._stop.wait(pace.rest(warmed.bytes - before))
+            rest = pace.rest(warmed.bytes - before)
         return warmed
 
     def _holds(self, block_hash: bytes) -> bool:
@@ -194,15 +197,29 @@ def _blocks(part: Wanted) -> Iterator[StoredBlock]:
         yield StoredBlock(block, parent, part.position + place, b"")
 
 
-def _batches(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    """Group what is wanted so that several requests are under way at once."""
+def _batches(wanted: Iterable[Wanted], limit: int) -> Iterator[list[Wanted]]:
+    """Group what is wanted into batches of about `limit` bytes: several requests are under way at once."""
     batch: list[Wanted] = []
+    size = 0
     for part in wanted:
-        if not part.hashes:
-            continue
-        batch.append(part)
-        if sum(each.size for each in batch) >= _BATCH_BYTES:
-            yield batch
-            batch = []
+        for piece in _pieces(part, limit):
+            if batch and size + piece.size > limit:
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.size
     if batch:
         yield batch
+
+
+def _pieces(part: Wanted, limit: int) -> Iterator[Wanted]:
+    """Cut what is wanted into pieces of about `limit` bytes, or of one block where that is more."""
+    count = len(part.hashes)
+    step = max(1, count * limit // max(part.size, 1))
+    done = 0
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        size = part.size * end // count - done
+        parent = part.hashes[start - 1] if start else part.parent
+        yield Wanted(part.hashes[start:end], parent, part.position + start, size)
+        done += size
