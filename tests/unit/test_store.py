@@ -56,6 +56,22 @@ def test_a_local_run_is_answered_although_the_bucket_hangs():
     store.close(5)
 
 
+def test_a_tier_that_stands_still_is_not_waited_for_although_the_lookup_might():
+    hashes, hang, over = chain(3), threading.Event(), []
+    tier = filled("s3", hashes)
+
+    def read(blocks, deliver):
+        deliver(blocks[0], tier.blocks[blocks[0]])
+        over.append(hang.wait(PATIENT))
+
+    tier.read = read
+    store = make_store([tier])
+    assert len(store.match(hashes, wait=3600.0).slots) == 1
+    assert over == []
+    hang.set()
+    store.close(5)
+
+
 def test_a_purely_local_hit_never_asks_the_bucket():
     hashes = chain(3)
     disk, s3 = filled("disk", hashes), filled("s3", hashes)
