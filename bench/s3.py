@@ -1,6 +1,6 @@
 """CPU seconds and speed of moving data to and from a bucket: kvtier's own client against boto3.
 
-python bench/s3.py                         CPU seconds per GiB of GET and PUT, by size of a request
+python bench/s3.py                         CPU time of a GET or PUT, and per GiB, by size and in flight
 python bench/s3.py --input KV.npy          from bucket to decoded, verified slots, against an object a block
 
 Each row is the median of several rounds; the clients take turns within each round, against a server in
@@ -11,50 +11,42 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import boto3
-import numpy as np
 from botocore.config import Config as BotoConfig
+from s3_blocks import (
+    Cost,
+    Sample,
+    chain,
+    fill,
+    load_sample,
+    measured,
+    open_store,
+    read,
+    report,
+    settings,
+    times_as_fast,
+    touch,
+)
 from s3_server import SOURCE_BYTES, FastServer
 
 from kvtier._counters import Counters
-from kvtier.config import Config, MemoryConfig, S3Config
-from kvtier.hashing import Namespace, chain_root, hash_blocks
-from kvtier.layout import BlockLayout
-from kvtier.store import TieredStore, ticket_slot
 from kvtier.tiers.s3.bucket import Bucket
 from kvtier.tiers.s3.open_bucket import open_bucket
 
 CLIENTS = ("http", "boto3")
 IN_FLIGHT = 32
-BATCH = 256
-
-
-def settings(endpoint: str, transport: str, **more: object) -> S3Config:
-    os.environ.update(KVTIER_BENCH_KEY="bench")
-    return S3Config(
-        bucket="bench",
-        endpoint=endpoint,
-        access_key_env="KVTIER_BENCH_KEY",
-        secret_key_env="KVTIER_BENCH_KEY",  # noqa: S106 - a variable's name
-        transport=transport,
-        **more,
-    )
-
-
-def measured(work: Callable[[], None]) -> tuple[float, float]:
-    """Run `work` and return the CPU seconds of this process and the wall seconds."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    work()
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+SHAPES = (
+    *((64 << 10, in_flight) for in_flight in (8, 32, 64, 128, 256)),
+    *((size, IN_FLIGHT) for size in (1 << 20, 8 << 20, 16 << 20)),
+)
+"""Bytes of a request, and how many are under way."""
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
@@ -82,74 +74,38 @@ def transfer(bucket: Bucket, kind: str, size: int, in_flight: int, total: int) -
 
 
 def compare_clients(rounds: int, total: int) -> None:
-    print(f"{'request':24}" + "".join(f"{name:>22}" for name in CLIENTS) + f"{'ratio':>8}")
+    print(f"{'request':24}" + "".join(f"{name:>32}" for name in CLIENTS) + f"{'ratio':>8}")
     with FastServer() as server:
         buckets = {
             name: open_bucket(settings(server.endpoint, name, concurrency=256), Counters())
             for name in CLIENTS
         }
         for kind in ("GET", "PUT"):
-            for size, in_flight in (
-                (64 << 10, 32),
-                (64 << 10, 256),
-                (1 << 20, 32),
-                (8 << 20, 32),
-                (16 << 20, 32),
-            ):
-                volume = min(total, 2048 * size)
-                rows: dict[str, list[tuple[float, float]]] = {name: [] for name in CLIENTS}
+            for size, in_flight in SHAPES:
+                volume = min(total, 4096 * size)
+                rows: dict[str, list[Cost]] = {name: [] for name in CLIENTS}
                 for _ in range(rounds):
                     for name, bucket in buckets.items():
-                        rows[name].append(measured(transfer(bucket, kind, size, in_flight, volume)))
-                gib = max(1, volume // size // in_flight) * size * in_flight / 2**30
-                cpu = {name: statistics.median(row[0] for row in rows[name]) / gib for name in CLIENTS}
-                speed = {
-                    name: gib * 1.073741824 / statistics.median(row[1] for row in rows[name])
-                    for name in CLIENTS
-                }
-                cells = "".join(f"{cpu[name]:8.2f} s {speed[name]:6.2f} GB/s" for name in CLIENTS)
+                        work = transfer(bucket, kind, size, in_flight, volume)
+                        rows[name].append(measured(work, server))
+                requests = max(1, volume // size // in_flight) * in_flight
+                cpu = {name: statistics.median(row.client for row in rows[name]) for name in CLIENTS}
+                gib = requests * size / 2**30
+                cells = "".join(
+                    f"{cpu[name] / requests * 1e6:10.0f} us {cpu[name] / gib:10.2f} s/GiB" for name in CLIENTS
+                )
                 print(
                     f"{kind} {size >> 10:6} KiB x {in_flight:3}    {cells}{cpu['boto3'] / cpu['http']:8.1f}",
                     flush=True,
                 )
 
 
-def to_slots(path: Path, tokens_per_block: int, blocks: int, rounds: int) -> None:
-    """Compare the store's way from the bucket with boto3 reading one object a block into the same memory."""
-    sample = np.load(path)
-    raws = [np.ascontiguousarray(block).tobytes() for block in sample]
-    layers, kv_factor = sample.shape[1], sample.shape[2]
-    layout = BlockLayout(
-        "bfloat16",
-        tokens_per_block=tokens_per_block,
-        layers=layers,
-        kv_factor=kv_factor,
-        row_elements=sample[0].size // layers // kv_factor,
-    )
-    raw_bytes = layout.block_bytes * blocks
-    with FastServer() as server:
-        namespace = Namespace.from_facts({"bench": "s3"})
-        root = chain_root(namespace.id)
-        hashes = hash_blocks(root, np.arange(blocks * tokens_per_block), tokens_per_block)
-
-        def open_store() -> TieredStore:
-            s3 = settings(server.endpoint, "http")
-            config = Config(memory=MemoryConfig(size=raw_bytes + (64 << 20)), s3=s3)
-            return TieredStore.open(config, namespace, layout)
-
-        store = open_store()
-        while not store.stats()["s3_ready"]:
-            time.sleep(0.01)
-        for start in range(0, blocks, BATCH):
-            parent = hashes[start - 1] if start else root
-            for index, ticket in enumerate(store.reserve(parent, start, hashes[start : start + BATCH])):
-                assert ticket is not None
-                store.slot_view(ticket_slot(ticket))[:] = raws[index % len(raws)]
-                store.commit([ticket])
-            # What waits for its encoder is bounded: more than that would be dropped.
-            assert store.flush(120)
-        store.close()
-
+def to_slots(sample: Sample, blocks: int, forms: Sequence[str], rounds: int, latency: float) -> None:
+    """Compare the store's way from the bucket with boto3 reading one object a block into memory like it."""
+    size = sample.layout.block_bytes
+    hashes = chain(0, blocks)
+    with FastServer(latency) as server:
+        fill(server.endpoint, sample, hashes)
         client = boto3.session.Session().client(
             "s3",
             endpoint_url=server.endpoint,
@@ -159,60 +115,52 @@ def to_slots(path: Path, tokens_per_block: int, blocks: int, rounds: int) -> Non
             config=BotoConfig(s3={"addressing_style": "path"}, max_pool_connections=IN_FLIGHT),
         )
         for index in range(blocks):
-            client.put_object(Bucket="bench", Key=f"naive/{index}", Body=raws[index % len(raws)])
-        arena = memoryview(bytearray(raw_bytes))
-        arena[::4096] = bytes(len(arena[::4096]))
+            client.put_object(Bucket="bench", Key=f"naive/{index}", Body=sample.raw(index))
+        arena = memoryview(bytearray(size * blocks))
+        touch(arena)
+
+        def fetch(index: int) -> None:
+            body = client.get_object(Bucket="bench", Key=f"naive/{index}")["Body"]
+            arena[index * size : (index + 1) * size] = body.read()
 
         def naive() -> None:
-            def fetch(index: int) -> None:
-                start = index * layout.block_bytes
-                body = client.get_object(Bucket="bench", Key=f"naive/{index}")["Body"]
-                arena[start : start + layout.block_bytes] = body.read()
-
             with ThreadPoolExecutor(IN_FLIGHT) as pool:
                 list(pool.map(fetch, range(blocks)))
 
-        def staged(store: TieredStore) -> None:
-            got = store.match(hashes, wait=60)
-            assert len(got.slots) == blocks, len(got.slots)
-
-        times: dict[str, list[tuple[float, float]]] = {"kvtier": [], "boto3": []}
+        costs: dict[str, list[Cost]] = {}
         for turn in range(rounds + 1):
-            store = open_store()
-            while not store.stats()["s3_ready"]:
-                time.sleep(0.01)
-            # An arena that serves has been touched (pinned) before.
-            for slot in range(store.memory.slots):
-                store.memory.view(slot)[::4096] = bytes(len(store.memory.view(slot)[::4096]))
-            for name, work in (("kvtier", lambda store=store: staged(store)), ("boto3", naive)):
-                row = measured(work)
+            for form in forms:
+                store = open_store(server.endpoint, sample, blocks, form)
+                cost = measured(partial(read, store, hashes), server)
+                gets = store.stats()["s3_get_requests"]
+                store.close()
                 if turn:
-                    times[name].append(row)
-            gets = store.stats()["s3_get_requests"]
-            store.close()
-        gb = raw_bytes / 1e9
-        for name, rows in times.items():
-            cpu, wall = (statistics.median(column) for column in zip(*rows, strict=True))
-            print(f"{name:8} {gb / wall:6.2f} GB/s of KV, {cpu / gb:5.2f} CPU s per GB")
-        ratio = statistics.median(b[1] / a[1] for a, b in zip(times["kvtier"], times["boto3"], strict=True))
-        print(
-            f"{blocks} blocks of {layout.block_bytes >> 10} KiB; kvtier {ratio:.1f} x as fast; "
-            f"{gets:.0f} GETs with those of the index"
-        )
+                    costs.setdefault(f"kvtier, {form}", []).append(cost)
+            cost = measured(naive, server)
+            if turn:
+                costs.setdefault("boto3", []).append(cost)
+    print(f"{blocks} blocks of {size >> 10} KiB, {gets:.0f} GETs of kvtier with those of the index")
+    for name, rows in costs.items():
+        report(name, rows, size * blocks / 1e9)
+    for form in forms:
+        print(f"kvtier, {form}: {times_as_fast(costs[f'kvtier, {form}'], costs['boto3'])}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, help="bf16 KV as uint16, [block, layer, K/V, ...]")
-    parser.add_argument("--tokens-per-block", type=int, default=32)
+    parser.add_argument("--input", type=Path, help="bf16 KV as uint16, [block, layer, K/V, head, token, dim]")
+    parser.add_argument("--layers", type=int, help="layers of a block, those of the input by default")
     parser.add_argument("--blocks", type=int, default=1024)
+    parser.add_argument("--slots", nargs="+", default=["raw", "planes"], choices=["raw", "planes"])
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds until the server answers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gib", type=float, default=2.0, help="volume of each measurement")
     arguments = parser.parse_args()
     if arguments.input:
-        to_slots(arguments.input, arguments.tokens_per_block, arguments.blocks, arguments.rounds)
+        sample = load_sample(arguments.input, arguments.layers)
+        to_slots(sample, arguments.blocks, arguments.slots, arguments.rounds, arguments.latency)
     else:
         compare_clients(arguments.rounds, int(arguments.gib * 2**30))
 

@@ -13,10 +13,9 @@ import argparse
 import asyncio
 import logging
 import os
-import statistics
 import sys
 import threading
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,15 +25,23 @@ import numpy as np
 import torch
 from botocore.config import Config as BotoConfig
 from lmcache.v1.storage_backend.connector.s3_connector import S3Connector
-from s3 import BATCH, measured, settings
+from s3_blocks import (
+    TOKENS_PER_BLOCK,
+    Cost,
+    chain,
+    fill,
+    load_sample,
+    measured,
+    open_store,
+    read,
+    report,
+    times_as_fast,
+    touch,
+)
 from s3_server import FastServer
 
-from kvtier.config import Config, MemoryConfig
-from kvtier.hashing import Namespace, chain_root, hash_blocks
 from kvtier.layout import BlockLayout
-from kvtier.store import TieredStore, ticket_slot
 
-TOKENS_PER_BLOCK = 32
 CHUNK_TOKENS = 256
 
 
@@ -59,7 +66,7 @@ class Peer:
     def __init__(self, endpoint: str, layout: BlockLayout, chunks: int) -> None:
         size = layout.block_bytes * CHUNK_TOKENS // TOKENS_PER_BLOCK
         self.memory = memoryview(bytearray(size * chunks))
-        self.memory[::4096] = bytes(len(self.memory[::4096]))
+        touch(self.memory)
         self._rooms = [Chunk(self.memory[at * size : (at + 1) * size]) for at in range(chunks)]
         self._keys = [SimpleNamespace(to_string=lambda name=f"chunk-{at}": name) for at in range(chunks)]
         self._loop = asyncio.new_event_loop()
@@ -103,38 +110,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", type=Path, required=True, help="bf16 KV as uint16, [block, layer, K/V, ...]"
+        "--input", type=Path, required=True, help="bf16 KV as uint16, [block, layer, K/V, head, token, dim]"
     )
+    parser.add_argument("--layers", type=int, help="layers of a block, those of the input by default")
     parser.add_argument("--blocks", type=int, default=512)
+    parser.add_argument("--slots", nargs="+", default=["raw", "planes"], choices=["raw", "planes"])
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds until the server answers")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    sample = np.load(arguments.input)
-    raws = [np.ascontiguousarray(block).tobytes() for block in sample]
-    layers, parts = sample.shape[1], sample.shape[2]
-    layout = BlockLayout("bfloat16", TOKENS_PER_BLOCK, layers, parts, sample[0].size // layers // parts)
-    blocks = arguments.blocks
-    namespace = Namespace.from_facts({"bench": "lmcache"})
-    root = chain_root(namespace.id)
-    hashes = hash_blocks(root, np.arange(blocks * TOKENS_PER_BLOCK), TOKENS_PER_BLOCK)
-    size = layout.block_bytes * blocks
-    with FastServer() as server:
-
-        def open_store() -> TieredStore:
-            config = Config(memory=MemoryConfig(size=size + (64 << 20)), s3=settings(server.endpoint, "http"))
-            store = TieredStore.open(config, namespace, layout)
-            while not store.stats()["s3_ready"]:
-                time.sleep(0.01)
-            return store
-
-        store = open_store()
-        for start in range(0, blocks, BATCH):
-            parent = hashes[start - 1] if start else root
-            for index, ticket in enumerate(store.reserve(parent, start, hashes[start : start + BATCH])):
-                assert ticket is not None
-                store.slot_view(ticket_slot(ticket))[:] = raws[(start + index) % len(raws)]
-                store.commit([ticket])
-            assert store.flush(120)
-        store.close()
+    sample = load_sample(arguments.input, arguments.layers)
+    blocks, forms = arguments.blocks, arguments.slots
+    hashes = chain(0, blocks)
+    with FastServer(arguments.latency) as server:
+        fill(server.endpoint, sample, hashes)
         client = boto3.session.Session().client(
             "s3",
             endpoint_url=server.endpoint,
@@ -144,37 +132,33 @@ def main() -> None:
             config=BotoConfig(s3={"addressing_style": "path"}),
         )
         step = CHUNK_TOKENS // TOKENS_PER_BLOCK
-        chunks = blocks // step
-        for chunk in range(chunks):
-            body = b"".join(raws[(chunk * step + index) % len(raws)] for index in range(step))
-            client.put_object(Bucket="bench", Key=f"chunk-{chunk}", Body=body)
+        chunks = [
+            b"".join(sample.raw(index) for index in range(start, start + step))
+            for start in range(0, blocks, step)
+        ]
+        for number, body in enumerate(chunks):
+            client.put_object(Bucket="bench", Key=f"chunk-{number}", Body=body)
         logging.disable(logging.INFO)
-        peer = Peer(server.endpoint, layout, chunks)
-        times: dict[str, list[tuple[float, float]]] = {"kvtier": [], "lmcache": []}
+        peer = Peer(server.endpoint, sample.layout, len(chunks))
+        costs: dict[str, list[Cost]] = {}
         for turn in range(arguments.rounds + 1):
-            store = open_store()
-            for slot in range(store.memory.slots):
-                store.memory.view(slot)[::4096] = bytes(len(store.memory.view(slot)[::4096]))
-            peer.connect()
-
-            def staged(store: TieredStore = store) -> None:
-                # A bucket that rests for a quarter of a second is not waited for any longer: ask again.
-                while len((found := store.match(hashes, wait=60)).slots) < blocks:
-                    store.release(found.lease)
-                store.release(found.lease)
-
-            for name, work in (("kvtier", staged), ("lmcache", peer.load)):
-                row = measured(work)
+            for form in forms:
+                store = open_store(server.endpoint, sample, blocks, form)
+                cost = measured(partial(read, store, hashes), server)
+                store.close()
                 if turn:
-                    times[name].append(row)
-            store.close()
-        first = b"".join(raws[index % len(raws)] for index in range(step))
-        assert bytes(peer.memory[: len(first)]) == first
-    for name, rows in times.items():
-        cpu, wall = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{name:8} {size / 1e9 / wall:6.2f} GB/s of KV, {cpu / size * 1e9:5.2f} CPU s per GB")
-    ratio = statistics.median(b[1] / a[1] for a, b in zip(times["kvtier"], times["lmcache"], strict=True))
-    print(f"{blocks} blocks of {layout.block_bytes >> 10} KiB; kvtier {ratio:.2f} x as fast")
+                    costs.setdefault(f"kvtier, {form}", []).append(cost)
+            peer.connect()
+            cost = measured(peer.load, server)
+            if turn:
+                costs.setdefault("lmcache", []).append(cost)
+        assert bytes(peer.memory[: len(chunks[0])]) == chunks[0]
+    size = sample.layout.block_bytes
+    print(f"{blocks} blocks of {size >> 10} KiB, answers after {arguments.latency * 1e3:g} ms")
+    for name, rows in costs.items():
+        report(name, rows, size * blocks / 1e9)
+    for form in forms:
+        print(f"kvtier, {form}: {times_as_fast(costs[f'kvtier, {form}'], costs['lmcache'])}")
     # LMCache's workers wait for ever in their event loop.
     sys.stdout.flush()
     os._exit(0)

@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -51,8 +53,8 @@ class Store:
 class Client:
     """One connection."""
 
-    def __init__(self, store: Store, connection: socket.socket) -> None:
-        self.store, self.socket, self.buffer = store, connection, b""
+    def __init__(self, store: Store, connection: socket.socket, latency: float) -> None:
+        self.store, self.socket, self.buffer, self.latency = store, connection, b"", latency
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def serve(self) -> None:
@@ -76,6 +78,8 @@ class Client:
         request, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         method, target, _ = request.split(" ")
+        if self.latency:
+            time.sleep(self.latency)
         parts = urlsplit(target)
         # A path without another slash is a key whose bucket stands in the host name.
         bucket, slash, key = unquote(parts.path).lstrip("/").partition("/")
@@ -143,8 +147,14 @@ class Client:
 class FastServer:
     """The server in a process of its own; a context manager. `endpoint` is its URL."""
 
+    def __init__(self, latency: float = 0.0) -> None:
+        """Prepare a server that rests for `latency` seconds before it answers a request."""
+        self._latency = latency
+
     def __enter__(self) -> FastServer:
-        self._process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(self._latency)], stdout=subprocess.PIPE, text=True
+        )
         assert self._process.stdout is not None
         self.endpoint = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
         return self
@@ -153,14 +163,19 @@ class FastServer:
         self._process.kill()
         self._process.wait()
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU seconds that the server has used so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 def main() -> None:
-    store = Store()
+    store, latency = Store(), float(sys.argv[1])
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         print(listener.getsockname()[1], flush=True)
         while True:
             connection, _ = listener.accept()
-            threading.Thread(target=Client(store, connection).serve, daemon=True).start()
+            threading.Thread(target=Client(store, connection, latency).serve, daemon=True).start()
 
 
 if __name__ == "__main__":
