@@ -45,9 +45,9 @@ _KIND_CODES = {"flat": 0, "groups": 1}
 _DTYPES = {code: name for name, code in _DTYPE_CODES.items()}
 _KINDS = {code: name for name, code in _KIND_CODES.items()}
 
-# magic, version, codec, dtype, kind, head_dim, tokens_per_block, shards, layers, kv_factor, row_elements,
-# number of sections, raw length, total length, block hash, namespace
-_FIXED = struct.Struct("<8sHBBBxHIIIIIIII16s16s")
+# magic, version, codec, dtype, kind, padding, head_dim, tokens_per_block, shards, layers, kv_factor,
+# row_elements, number of sections, raw length, total length, block hash, namespace
+_FIXED = struct.Struct("<8sHBBBBHIIIIIIII16s16s")
 _SECTION = struct.Struct("<IIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 
@@ -153,6 +153,7 @@ def pack_fixed(
         codec,
         dtype,
         kind,
+        0,
         layout.head_dim if codec == NIBBLES else 0,
         layout.tokens_per_block,
         layout.shards,
@@ -203,6 +204,7 @@ def read_header(encoded: Buffer) -> BlockHeader:
         codec,
         dtype,
         kind,
+        padding,
         head_dim,
         tokens_per_block,
         shards,
@@ -225,7 +227,7 @@ def read_header(encoded: Buffer) -> BlockHeader:
     table_end = end - _CHECKSUM.size
     if _CHECKSUM.unpack_from(view, table_end)[0] != xxhash.xxh3_64_intdigest(view[:table_end]):
         raise CorruptBlock("checksum of the block header does not match")
-    if codec not in (RAW, PLANES, NIBBLES) or dtype not in _DTYPES or kind not in _KINDS:
+    if padding or codec not in (RAW, PLANES, NIBBLES) or dtype not in _DTYPES or kind not in _KINDS:
         raise CorruptBlock(f"unknown codec {codec}, dtype {dtype} or kind {kind}")
     if bool(head_dim) != (codec == NIBBLES):
         raise CorruptBlock(f"heads of {head_dim} elements in a block of codec {codec}")

@@ -3,6 +3,9 @@
 It reads the block from memory, or from a file piece by piece: each piece is checked and decoded while it is
 in the core's cache, and what is stored plain is read straight to where it belongs. `docs/format.md` says what
 a block is; this is the same reader as `BlockCodec`'s, which says what is wrong with a block that fails here.
+
+Who changes a compiled function in another file that is called from here has to touch this file too: numba's
+cache does not see that otherwise.
 """
 
 from __future__ import annotations
