@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -99,6 +100,7 @@ class Stager:
         self._lanes = [_Lane(tier, Workers(f"stage-{tier.name}", READERS_PER_TIER)) for tier in tiers]
         self._changed = threading.Condition()
         self._flights: dict[bytes, _Fetch] = {}
+        self._awaited: Counter[bytes] = Counter()
 
     def stage(self, hashes: Sequence[bytes]) -> dict[bytes, str]:
         """Start fetching the leading run of `hashes` that the lower tiers hold.
@@ -139,7 +141,15 @@ class Stager:
                 left = min(deadline, fetch.lane.progress + STALL_SECONDS) - time.monotonic()
                 if left <= 0:
                     return
-                self._changed.wait(left)
+                self._await(hashes[-1] if hashes[-1] in self._flights else hashes[arrived], left)
+
+    def _await(self, block: bytes, timeout: float) -> None:
+        """Wait until a block has landed, any has failed, or `timeout` seconds have passed; under the lock."""
+        self._awaited[block] += 1
+        self._changed.wait(timeout)
+        self._awaited[block] -= 1
+        if not self._awaited[block]:
+            del self._awaited[block]
 
     def patience(self, hashes: Sequence[bytes], wait: float, block_cost: float | None = None) -> float:
         """Return how many seconds waiting for `hashes` would pay now, 0.0 if none of them is on its way.
@@ -259,7 +269,9 @@ class Stager:
             lane.progress = time.monotonic()
             fetch.landed.append(lane.progress)
             del self._flights[block]
-            self._changed.notify_all()
+            # Not for each block of a run: whoever waits would take the interpreter from those that decode.
+            if block in self._awaited:
+                self._changed.notify_all()
         return True
 
     def _fall_through(self, depth: int, failed: list[tuple[bytes, int]]) -> None:
