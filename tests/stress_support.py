@@ -46,7 +46,9 @@ class Deaf:
 class LoadsNotAwaited(CudaTransfers):
     """The forward pass begins before the loads have arrived."""
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
+    def __init__(
+        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
+    ) -> None:
         super().__init__(mover, loads, saves)
 
     def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
@@ -56,14 +58,15 @@ class LoadsNotAwaited(CudaTransfers):
 class LayersNotAwaited(CudaTransfers):
     """Layers are computed before their part of the loads has arrived."""
 
-    def wait_layer(self, layer: int, stream: Any) -> None: ...
+    def wait_layer(self, layer: int, stream: Any) -> bool:
+        return super().wait_layer(layer, Deaf(stream))
 
 
 class LayersInWrongOrder(CudaTransfers):
     """A layer waits for the part of the one before it."""
 
-    def wait_layer(self, layer: int, stream: Any) -> None:
-        super().wait_layer(max(0, layer - 1), stream)
+    def wait_layer(self, layer: int, stream: Any) -> bool:
+        return super().wait_layer(max(0, layer - 1), stream)
 
 
 class FailedPassesNotSettled(CudaTransfers):
@@ -76,15 +79,19 @@ class FailedPassesNotSettled(CudaTransfers):
 class LoadsTooEarly(CudaTransfers):
     """Loads write to pages that the pass before still computes with."""
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
-        super().__init__(mover, Deaf(loads), saves, parts)
+    def __init__(
+        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
+    ) -> None:
+        super().__init__(mover, Deaf(loads), saves, parts, gate)
 
 
 class SavesTooEarly(CudaTransfers):
     """Saves do not wait for the forward pass."""
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
-        super().__init__(mover, loads, Deaf(saves), parts)
+    def __init__(
+        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
+    ) -> None:
+        super().__init__(mover, loads, Deaf(saves), parts, gate)
 
 
 class PassesNotOrdered(CudaTransfers):
@@ -130,7 +137,16 @@ MUTILATED = [
     TailsReportedEarly,
 ]
 
-LAYERWISE = [LayersNotAwaited, LayersInWrongOrder, FailedPassesNotSettled]
+
+class GateAlwaysOpen(CudaTransfers):
+    """Passes that run no hooks begin before the loads have arrived."""
+
+    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
+        super().load_by_layer(stream, blocks, done)
+        self._gate.open()
+
+
+LAYERWISE = [LayersNotAwaited, LayersInWrongOrder, FailedPassesNotSettled, GateAlwaysOpen]
 
 
 @dataclass(eq=False)
@@ -160,6 +176,7 @@ class Counts:
     ordered: int = 0
     failed: int = 0
     by_layer: int = 0
+    replayed: int = 0
     checks: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -320,10 +337,14 @@ class Stress:
             self._gpu.run(self._engine, lambda: self._words[padding].fill_(GARBAGE))
         if sleeps:
             self._gpu.sleep(self._engine)
+        # A replayed graph runs no hooks.
+        replayed = rng.random() < 0.2
+        self.counts.replayed += replayed
         for layer in range(LAYERS):
             if layer and rng.random() < 0.05:
                 return False
-            self.rig.worker.wait_for_layer_load(layer, self._engine)
+            if not replayed:
+                self.rig.worker.wait_for_layer_load(layer, self._engine)
             for page, seed in writes:
                 self._gpu.run(self._engine, partial(self._write, page, layer, seed))
             for page, seed in reads:

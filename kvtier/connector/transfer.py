@@ -127,11 +127,18 @@ class Transfers(Protocol):
         ...
 
     def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        """Copy slots to pages after what is on `stream`; nothing may read a layer before `wait_layer`."""
+        """Do what `load` does, but for what `wait_layer` allows to begin sooner."""
         ...
 
-    def wait_layer(self, layer: int, stream: Any) -> None:
-        """Let what comes next on `stream` happen after this layer's part of the last load by layer."""
+    def wait_layer(self, layer: int, stream: Any) -> bool:
+        """Let what comes next on `stream` happen after this layer's part of the last load by layer.
+
+        Called for the first layer, it promises to be called for all others: what `load_by_layer` holds back
+        goes on.
+
+        Returns:
+            False if it is a CUDA graph that comes next, which was not let go on.
+        """
         ...
 
     def settle(self, stream: Any) -> None:
@@ -192,8 +199,9 @@ class HostTransfers:
         """Copy slots to pages."""
         self.load(stream, blocks, done)
 
-    def wait_layer(self, layer: int, stream: Any) -> None:
+    def wait_layer(self, layer: int, stream: Any) -> bool:
         """Do nothing: no copy is under way."""
+        return True
 
     def settle(self, stream: Any) -> None:
         """Do nothing: no copy is under way."""
@@ -230,7 +238,9 @@ class CudaTransfers:
 
     behind = True
 
-    def __init__(self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = ()) -> None:
+    def __init__(
+        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
+    ) -> None:
         """Take what moves the blocks, and two streams that nobody else uses.
 
         Args:
@@ -238,10 +248,12 @@ class CudaTransfers:
             loads: The stream of loads.
             saves: The stream of saves.
             parts: All layers in order, where blocks can be loaded by layer.
+            gate: A `kvtier.gpu.gate.Gate`; without one nothing is loaded by layer.
         """
         self.mover = mover
-        self.layers = sum(part.layers for part in parts)
+        self.layers = sum(part.layers for part in parts) if gate else 0
         self._parts = parts
+        self._gate = gate
         self._load_stream = loads
         self._save_stream = saves
         self._loads: deque[_Pending] = deque()
@@ -266,19 +278,37 @@ class CudaTransfers:
         self._loads.append(_Pending(event, 0, partial(done, True)))
 
     def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        """Enqueue copies behind what the engine has enqueued, the first layers' first."""
+        """Enqueue copies behind what the engine has enqueued, and hold back what it will behind a gate.
+
+        The last copy opens it: that is what a pass waits for which runs no hooks.
+        """
         self.settle(stream)
-        self._load_stream.wait_stream(self._engines(stream))
+        if len(self._loads) >= self._gate.words:
+            self.load(stream, blocks, done)
+            return
+        engines = self._engines(stream)
+        self._load_stream.wait_stream(engines)
         for part in self._parts:
             part.mover.load(blocks, self._load_stream.cuda_stream)
             self._arrivals += [self._load_stream.record_event()] * part.layers
+        try:
+            self._gate.close(engines, self._load_stream)
+        except OSError as error:
+            log_once(_log, "gate", "loads are not waited for layer by layer: %s", error)
+            self.layers = 0
+            engines.wait_event(self._arrivals[-1])
         self._loads.append(_Pending(self._arrivals[-1], 0, partial(done, True)))
 
-    def wait_layer(self, layer: int, stream: Any) -> None:
-        """Make the stream wait for the event of the layer, and a layer that is not known for all."""
+    def wait_layer(self, layer: int, stream: Any) -> bool:
+        """Make the stream wait for the event of the layer; the first one opens the gate."""
+        if self._gate.is_captured():
+            return False
         if self._arrivals:
             known = 0 <= layer < len(self._arrivals)
             self._engines(stream).wait_event(self._arrivals[layer if known else -1])
+            if layer == 0:
+                self._gate.open()
+        return True
 
     def settle(self, stream: Any) -> None:
         """Make the stream wait for the last layer's event."""

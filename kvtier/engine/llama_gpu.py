@@ -195,7 +195,9 @@ class GpuLlama:
         return functional.rms_norm(hidden, (self.config.hidden,), weight, self.config.epsilon)
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.long).to(self.device)
+        host = torch.tensor(numbers, dtype=torch.long)
+        # From memory that is not pinned the host would wait for the GPU, and for what it still loads.
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     def _angles(self, end: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if len(self._rope[0]) < end:

@@ -8,13 +8,13 @@ _ABSENT = object()
 
 
 class LayerHooks:
-    """Knows whether every pass that loads runs the hook of each layer.
+    """Knows whether a pass that runs the hook of the first layer will run those of all others.
 
-    A load belongs to a request's first chunk of context, and a batch with context replays no CUDA graph
-    (`ScheduledRequests.can_run_cuda_graph`): its layers run one by one, with their hooks. That leaves
-    torch.compile, which may drop hooks or put them into graphs of its own, and models whose layers have none.
-    So hooks are certain where the engine's arguments rule out the first, and all passes with loads so far, at
-    least one, have run the hook of each layer in order. Nothing is staked on the first such pass.
+    Whether a pass runs hooks at all nobody knows beforehand: a replayed CUDA graph does not, and newer
+    releases replay graphs for context, too. A pass that has run its first hook, however, runs its layers one
+    by one. What could still leave hooks out is torch.compile, and models of which some layers have none. So
+    the engine's arguments must rule out the first, and of all passes with loads so far one at least has run
+    every hook in order, and none has run only some.
 
     Attributes:
         watching: Whether a pass with loads is under way.
@@ -34,7 +34,7 @@ class LayerHooks:
         self._proven = self.watching = False
 
     def certain(self, layers: int) -> bool:
-        """Say whether the hooks of so many layers, 0 to `layers` - 1, will run in a pass that loads."""
+        """Say whether a pass with so many layers that runs the first hook will run all of them, in order."""
         return self._proven and layers > 0
 
     def begin(self, layers: int) -> None:
@@ -46,10 +46,12 @@ class LayerHooks:
         self._ran.append(layer)
 
     def end(self) -> bool:
-        """Say, at the end of the pass, whether it ran the hook of each layer, in order."""
+        """Say, at the end of the pass, whether it ran the hooks of all layers, in order, or none at all."""
         self.watching = False
-        complete = 0 < self._layers == len(self._ran) and self._ran == list(range(self._layers))
-        if not complete:
-            self._eager = False
-        self._proven = complete and self._eager
+        if not self._ran:
+            return True
+        # A pass that also captures a graph runs its hooks more than once.
+        complete = self._ran[: self._layers] == list(range(self._layers)) and self._layers > 0
+        self._eager &= complete
+        self._proven = self._eager
         return complete

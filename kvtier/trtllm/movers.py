@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 
 import torch
 
+from kvtier._logging import log_once
 from kvtier.codec import PlaneSlots, SlotForm
 from kvtier.connector.transfer import CudaTransfers, HostTransfers, Layers, Mover, RawMover, Transfers
 from kvtier.errors import ConfigError
 from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
+from kvtier.gpu.gate import Gate
 from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
 from kvtier.trtllm.pool import Pool
+
+_log = logging.getLogger(__name__)
 
 PARTS = 4
 """Of a load by layer. Each of them costs the engine's thread as much as a whole load."""
@@ -39,7 +44,16 @@ def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
         raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
     loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-    return CudaTransfers(mover, loads, saves, () if planes else layer_parts(pool, copies))
+    parts = () if planes else layer_parts(pool, copies)
+    return CudaTransfers(mover, loads, saves, parts, _gate(pool.device) if parts else None)
+
+
+def _gate(device: torch.device) -> Gate | None:
+    try:
+        return Gate(device)
+    except OSError as error:
+        log_once(_log, "gate", "loads are not waited for layer by layer: %s", error)
+        return None
 
 
 def layer_parts(pool: Pool, copy: Copy) -> list[Layers]:

@@ -129,10 +129,10 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
         """Let the layer wait for what is loaded of it; else the loads stand in front of the whole pass."""
-        if self._hooks.watching:
+        if not self._hooks.watching or self._transfers is None:
+            return
+        if not self._by_layer or self._transfers.wait_layer(layer_idx, stream):
             self._hooks.ran(layer_idx)
-            if self._by_layer and self._transfers is not None:
-                self._transfers.wait_layer(layer_idx, stream)
 
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """Do nothing: whole blocks are saved after the pass; CUDA graphs do not even run this hook."""
@@ -252,17 +252,17 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """See whether the pass has waited for each layer that it loaded.
 
         Raises:
-            BrokenPromise: It has not, although that was certain. Its requests end with an error, and the
+            BrokenPromise: It has for some, although all were certain. Its requests end with an error, and the
                 engine with the next call that ends its loop: its pages may hold wrong KV, and be reused.
         """
         if not self._hooks.watching:
             return
-        complete, by_layer = self._hooks.end(), self._by_layer
+        as_expected, by_layer = self._hooks.end(), self._by_layer
         self._by_layer = False
         if by_layer and self._transfers is not None:
             self._transfers.settle(stream)
-            if not complete:
-                self._broken = BrokenPromise("a pass has not run the hooks of all its layers, as others did")
+            if not as_expected:
+                self._broken = BrokenPromise("a pass has run the hooks of some layers and not of others")
                 self._stop_if_broken()
 
     def _stop_if_broken(self) -> None:

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from kvtier.codec import PlaneSlots, slot_form  # noqa: E402
 from kvtier.connector.transfer import Blocks, CudaTransfers, Layers, Mover, RawMover  # noqa: E402
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
+from kvtier.gpu.gate import Gate  # noqa: E402
 from kvtier.gpu.plane_movers import CudaPlanes  # noqa: E402
 from kvtier.trtllm.movers import layer_parts  # noqa: E402
 from kvtier.trtllm.pool import Pool  # noqa: E402
@@ -104,7 +105,7 @@ def stress(
         if isinstance(form, PlaneSlots):
             return kind(SleepyMover(CudaPlanes(form, pool.map, copies, device), gpu, rng), *streams)
         parts = [Layers(p.layers, SleepyMover(p.mover, gpu, rng)) for p in layer_parts(pool, copies)]
-        return kind(SleepyMover(RawMover(pool.map, copies), gpu, rng), *streams, parts)
+        return kind(SleepyMover(RawMover(pool.map, copies), gpu, rng), *streams, parts, Gate(device))
 
     with memory_stores(monkeypatch, slots=SLOTS):
         world = Stress(gpu, pool, transfers, rng)

@@ -23,7 +23,7 @@ from tests.trtllm_support import (
     memory_stores,
     write_config,
 )
-from tests.virtual_gpu import VirtualGpu
+from tests.virtual_gpu import VirtualGate, VirtualGpu
 
 EAGER = {"backend": "pytorch", "torch_compile_config": None}
 
@@ -53,8 +53,18 @@ def test_arguments_that_rule_out_compilation(arguments, certain):
     assert not hooks.certain(0)
 
 
-@pytest.mark.parametrize("layers", [[], [0], [1, 0], [0, 1, 1], [0, 0, 1], [0, 1, 2]])
-def test_one_pass_with_other_hooks_ends_it_for_good(layers):
+@pytest.mark.parametrize("layers", [[], [0, 1, 0, 1], [0, 1, 0]])
+def test_passes_without_hooks_and_with_more_are_no_matter(layers):
+    hooks = LayerHooks(llm_args(**EAGER))
+    assert run_pass(hooks, [])
+    assert not hooks.certain(LAYERS)
+    assert run_pass(hooks, [0, 1])
+    assert run_pass(hooks, layers)
+    assert hooks.certain(LAYERS)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [1, 0], [0, 0, 1], [0, 2]])
+def test_one_pass_with_some_hooks_ends_it_for_good(layers):
     hooks = LayerHooks(llm_args(**EAGER))
     assert run_pass(hooks, [0, 1])
     assert hooks.certain(LAYERS)
@@ -88,7 +98,8 @@ class Loading:
         runtime.ready = replace(runtime.ready, on_gpu=True)
         mover = RawMover(worker._pool.map, gpu.copy)
         parts = layer_parts(worker._pool, gpu.copy)
-        self.transfers = worker._transfers = CudaTransfers(mover, gpu.stream(), gpu.stream(), parts)
+        self.gate = VirtualGate()
+        worker._transfers = CudaTransfers(mover, gpu.stream(), gpu.stream(), parts, self.gate)
         self.tokens = list(range(4 * SIZE))
         self.ids = iter(range(1, 100))
         self.iterate(list(range(LAYERS)), [0, 1, 2, 3])
@@ -120,9 +131,12 @@ def loading(monkeypatch, tmp_path):
 
 
 def test_the_first_load_is_whole_and_the_next_by_layer(loading):
+    wait_layer = loading.rig.worker._transfers.wait_layer
     for pages, by_layer in (([4, 5, 6, 7], False), ([8, 9, 10, 11], True)):
         seen = []
-        loading.rig.worker._transfers.wait_layer = lambda layer, stream, seen=seen: seen.append(layer)
+        loading.rig.worker._transfers.wait_layer = lambda layer, stream, seen=seen: (
+            seen.append(layer) or wait_layer(layer, stream)
+        )
         assert loading.iterate(list(range(LAYERS)), pages) == 4 * SIZE
         assert seen == (list(range(LAYERS)) if by_layer else [])
         loading.gpu.synchronize()
@@ -164,10 +178,14 @@ def test_a_pass_that_failed_does_not_count(loading):
     assert loading.rig.worker._hooks.certain(LAYERS)
 
 
-def test_without_hooks_everything_is_loaded_before_the_pass(loading):
+@pytest.mark.parametrize("captured", [False, True])
+def test_without_hooks_everything_is_loaded_before_the_pass(loading, captured):
+    """As in a replayed graph; one that is being captured runs hooks that nothing may follow from."""
+    assert loading.iterate([0, 1], [12, 13, 14, 15])
+    loading.gate.capturing = captured
     for first in (4, 8):
         pages = list(range(first, first + 4))
-        assert loading.iterate([], pages) == 4 * SIZE
+        assert loading.iterate([0, 1] if captured else [], pages) == 4 * SIZE
         # What stands behind the pass on its stream has all of the load before it.
         done = []
         loading.gpu.engine.enqueue(lambda done=done: done.append(True))
