@@ -205,6 +205,7 @@ def test_what_is_under_way_at_the_end_is_waited_for(rig):
     rig.worker.start_load_kv(stream)
     busy(stream)
     rig.worker.wait_for_save(stream)
+    rig.worker.get_finished([], [])
     assert not stream.query()
     shared = rig.leader._runtime._stores[0]
     shared.close()
