@@ -77,6 +77,11 @@ class EngineFacts:
             head_dim=head_size,
         )
         on_cpu = _on_cpu()
+        if latent and on_cpu and not vllm_config.scheduler_config.enable_chunked_prefill:
+            raise LayoutError(
+                "MLA on this CPU is not supported: vLLM has no prefix cache of its own there, since prompts"
+                " that begin in the middle come out otherwise"
+            )
         rows = "token, dim" if latent else _row_order(vllm_config, spec) if on_cpu else CANONICAL
         session = hashlib.blake2b(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=7)
         return cls(
@@ -144,9 +149,9 @@ def _only_group(kv_cache_config: Any) -> tuple[Any, tuple[str, ...]]:
     if len(groups) != 1 or names[0] not in ("FullAttentionSpec", "MLAAttentionSpec"):
         raise LayoutError(
             f"a KV cache of {len(groups)} groups of {', '.join(names) or 'no kind'} is not supported: kvtier"
-            " needs one group of layers that all keep K and V (or MLA's latent) of every token; layers with"
-            " sliding windows can be had that way with --disable-hybrid-kv-cache-manager, state-space layers"
-            " cannot"
+            " needs one group of layers that all keep K and V (or MLA's latent) of every token. Windows in"
+            " some of the layers are fine with --disable-hybrid-kv-cache-manager, windows in all of them with"
+            " --disable-sliding-window; state-space layers are not"
         )
     (group,) = groups
     return group.kv_cache_spec, tuple(sorted(group.layer_names, key=_natural))

@@ -139,19 +139,29 @@ class Server:
 
             options["model"] = str(model_dir(cache=os.environ.get("KVTIER_TEST_MODELS")))
         self.llm = LLM(**{**defaults, **options})
+        self.adapters: dict[str | None, int] = {None: 0}
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def ready(self) -> bool:
         return True
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, salts: list[str] | None = None) -> Any:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        salts: list[str] | None = None,
+        adapter: str | None = None,
+    ) -> Any:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         asked = [{"prompt_token_ids": tokens} for tokens in prompts]
         for entry, salt in zip(asked, salts or [], strict=False):
             entry["cache_salt"] = salt
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, detokenize=False, ignore_eos=True)
-        outputs = self.llm.generate(asked, parameters, use_tqdm=False)
+        number = self.adapters.setdefault(adapter, len(self.adapters)) if adapter else 0
+        lora = LoRARequest(f"adapter {number}", number, adapter) if adapter else None
+        outputs = self.llm.generate(asked, parameters, use_tqdm=False, lora_request=lora)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def cancel(self, prompts: list[list[int]], steps: int) -> bool:
@@ -199,17 +209,17 @@ class Server:
         return bool(self.llm.reset_prefix_cache(reset_connector=True))
 
     def attached(self) -> bool:
-        """Say whether both halves have their agent."""
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        """Say whether the scheduler's half and that of a worker in this process have their agent."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        stores = [
-            half._store() for half in (self.scheduler.connector.scheduler, get_kv_transfer_group().worker)
-        ]
-        return all(store.stats()["client_connected"] for store in stores)
+        halves = [self.scheduler.connector.scheduler]
+        if has_kv_transfer_group():
+            halves.append(get_kv_transfer_group().worker)
+        return all(half._store().stats()["client_connected"] for half in halves)
 
     def counts(self) -> dict[str, Any]:
         """Return what vLLM says of external hits, and what kvtier says of itself."""
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
         metrics = {metric.name: getattr(metric, "value", None) for metric in self.llm.get_metrics()}
         half = self.scheduler.connector.scheduler
@@ -218,7 +228,7 @@ class Server:
             "vllm_preemptions": metrics.get("vllm:num_preemptions"),
             "in_vllm_metrics": {k: v for k, v in metrics.items() if k.startswith("vllm:kvtier_")},
             **half.take_counts(),
-            "worker": get_kv_transfer_group().worker.take_counts(),
+            "worker": get_kv_transfer_group().worker.take_counts() if has_kv_transfer_group() else {},
             "store": half.store_stats(),
         }
 
