@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvtier._logging import log_once
 from kvtier.codec import PlaneSlots, SlotForm
 from kvtier.connector.transfer import Blocks, CudaTransfers, HostTransfers, Mover, RawMover, Transfers
 from kvtier.errors import ConfigError
 from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
+from kvtier.gpu.kernel_copies import KernelCopies
 from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
 from kvtier.vllm.pool import LayerPool
+
+_log = logging.getLogger(__name__)
 
 
 def transfers_for(pool: LayerPool, form: SlotForm) -> Transfers:
@@ -23,22 +28,22 @@ def transfers_for(pool: LayerPool, form: SlotForm) -> Transfers:
     Raises:
         ConfigError: The blocks of this pool cannot be taken apart.
     """
+    on_gpu = pool.device.type == "cuda"
     mover: Mover
     if isinstance(form, PlaneSlots):
         mover = _plane_mover(pool, form)
-    elif pool.map:
-        mover = RawMover(pool.map, _copies(pool))
+    elif pool.map is None:
+        mover = CudaMover(pool) if on_gpu else HostMover(pool)
+    elif on_gpu:
+        copies = CudaCopies(pool.device)
+        mover = Directions(RawMover(pool.map, _kernel_copies(pool, copies)), RawMover(pool.map, copies))
     else:
-        mover = CudaMover(pool) if pool.device.type == "cuda" else HostMover(pool)
-    if pool.device.type != "cuda":
+        mover = RawMover(pool.map, copy_on_host)
+    if not on_gpu:
         return HostTransfers(mover)
     loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     return CudaTransfers(mover, loads, saves)
-
-
-def _copies(pool: LayerPool) -> Copy:
-    return CudaCopies(pool.device) if pool.device.type == "cuda" else copy_on_host
 
 
 def _plane_mover(pool: LayerPool, form: PlaneSlots) -> Mover:
@@ -46,10 +51,38 @@ def _plane_mover(pool: LayerPool, form: PlaneSlots) -> Mover:
         raise ConfigError("memory.format: planes needs a KV pool with heads before tokens (HND)")
     if pool.device.type != "cuda":
         return HostPlanes(form, pool.map)
+    copies = _kernel_copies(pool, CudaCopies(pool.device))
     try:
-        return CudaPlanes(form, pool.map, _copies(pool), pool.device)
+        return CudaPlanes(form, pool.map, copies, pool.device)
     except Exception as error:
         raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
+
+
+def _kernel_copies(pool: LayerPool, copies: Copy) -> Copy:
+    """Return what copies a layer's part of blocks by a kernel, where Triton works."""
+    try:
+        return KernelCopies(pool.device, copies, pool.block_bytes // pool.shape[0])
+    except Exception as error:  # noqa: BLE001 - whatever it is that is missing, there is another way
+        log_once(
+            _log, "kernel", "loads are copied range by range, since Triton does not work here: %r", error
+        )
+        return copies
+
+
+class Directions:
+    """Loads by one mover, saves by another."""
+
+    def __init__(self, loads: Mover, saves: Mover) -> None:
+        self._loads = loads
+        self._saves = saves
+
+    def load(self, blocks: Blocks, stream: int) -> None:
+        """Copy slots to pages; see `Mover.load`."""
+        self._loads.load(blocks, stream)
+
+    def save(self, blocks: Blocks, stream: int) -> None:
+        """Copy pages to slots; see `Mover.save`."""
+        self._saves.save(blocks, stream)
 
 
 class HostMover:
