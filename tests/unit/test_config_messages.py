@@ -153,8 +153,8 @@ def s3(line: str) -> str:
         (f"{MEMORY}disk: &a\n  b: *a\n", " has YAML aliases"),
         ("a: *unknown\n", " has YAML aliases"),
         ("memory: \x07\n", " is no valid YAML: special characters are not allowed"),
-        ("[" * 3000, "1: is no valid YAML: "),
-        ("[" * 3000 + "]" * 3000, " is nested too deeply"),
+        ("[" * 500, "1: is no valid YAML: "),
+        ("[" * 700 + "]" * 700, " is nested too deeply"),
         (
             f"{MEMORY}lookup_wait: $WAIT",
             r'2: lookup_wait: "\$WAIT" has a \$ that begins no \$\{NAME\} or .*write \$\$',
