@@ -13,7 +13,12 @@ from kvtier.store.base import Match
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, table
 from tests.trtllm_support import make_rig, memory_stores, write_config
 
-CONNECTOR = {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
+CONNECTOR = {
+    "leader_class": KvTierConnectorLeader,
+    "worker_class": KvTierConnectorWorker,
+    # A commit names the model's weights; without one its KV is private, and nothing goes to the bucket.
+    "llm_args": {"revision": "0" * 40},
+}
 CONFIG = EngineConfig(num_blocks=64, tokens_per_block=8, max_tokens_per_step=32, overlap=True, version="1.3")
 
 

@@ -131,6 +131,8 @@ class Node:
             config,
             leader_class=KvTierConnectorLeader,
             worker_class=KvTierConnectorWorker,
+            # A commit names the model's weights; without one its KV is private, and stays out of the bucket.
+            llm_args={"revision": "0" * 40},
         )
         self.timed = Timed(self.engine)
 
