@@ -131,9 +131,9 @@ def read(store: TieredStore, hashes: Sequence[bytes]) -> None:
 
 def measured(work: Callable[[], object], server: FastServer) -> Cost:
     """Run `work` and return what it cost."""
-    before, busy, start = _own_seconds(), server.cpu_seconds(), time.perf_counter()
+    before, busy, start = own_seconds(), server.cpu_seconds(), time.perf_counter()
     work()
-    return Cost(_own_seconds() - before, server.cpu_seconds() - busy, time.perf_counter() - start)
+    return Cost(own_seconds() - before, server.cpu_seconds() - busy, time.perf_counter() - start)
 
 
 def report(name: str, costs: Sequence[Cost], gb: float) -> None:
@@ -155,6 +155,7 @@ def times_as_fast(costs: Sequence[Cost], others: Sequence[Cost]) -> str:
     return f"{fast:.2f} x as fast, {cheap:.2f} x as cheap with the server's part"
 
 
-def _own_seconds() -> float:
+def own_seconds() -> float:
+    """Return the CPU seconds of this process so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
