@@ -20,11 +20,13 @@ from kvtier.hashing import HASH_BYTES
 KEY_BYTES = 2 * HASH_BYTES
 """A key is the namespace's id followed by the block's hash."""
 
-FILE_NAME = re.compile(r"[0-9a-f]/([0-9a-f]{32})-[0-9a-f]{12}\.val", re.ASCII)
+FILE_NAME = re.compile(r"[0-9a-f]/([0-9a-f]{32})-([0-9a-f]{12})\.val", re.ASCII)
 """Names that may stand in a row, relative to the shard: the first digit of a block's hash, then the hash
 and a random part. Nothing else is ever opened or removed, whatever the database says."""
 
 _FILE_SYSTEM_BLOCK = 4096
+_RANDOM_BITS = 48
+_MAX_LENGTH = 1 << 32
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO that somebody put in a file's place must not stall the reader.
@@ -42,6 +44,21 @@ class BlockFile:
 
     name: str
     length: int
+
+    @property
+    def tag(self) -> int:
+        """What, with the block's hash, says which file it is: length and the name's random part; else 0."""
+        name = FILE_NAME.fullmatch(self.name)
+        if name is None or not 0 < self.length <= _MAX_LENGTH:
+            return 0
+        return self.length << _RANDOM_BITS | int(name[2], 16)
+
+    @classmethod
+    def of(cls, block_hash: bytes, tag: int) -> BlockFile:
+        """Return the file of a block by its tag."""
+        digits = block_hash.hex()
+        random = tag & (1 << _RANDOM_BITS) - 1
+        return cls(f"{digits[0]}/{digits}-{random:0{_RANDOM_BITS // 4}x}.val", tag >> _RANDOM_BITS)
 
 
 class BlockFiles(Disk):  # type: ignore[misc]

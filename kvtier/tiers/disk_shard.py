@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diskcache import DEFAULT_SETTINGS, EVICTION_POLICY, Cache, Timeout
+from diskcache.core import MODE_BINARY
 
 from kvtier.codec import StoredFile
 from kvtier.errors import CorruptBlock, TierUnavailable
 from kvtier.hashing import HASH_BYTES
-from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFiles
+from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFile, BlockFiles
 from kvtier.tiers.disk_health import Health
 
 SET_ASIDE = ".damaged-"
@@ -58,14 +59,15 @@ class DiskShard:
     begun anew, empty. No method raises.
 
     Attributes:
-        held: Hashes of the blocks believed to be here; read by anybody, changed by the shard alone.
+        held: The blocks believed to be here, and which file each has (`BlockFile.tag`, 0 where only its row
+            knows); read by anybody, changed by the shard alone.
         size_bytes: Files and database together, when last looked at.
     """
 
     def __init__(
         self, directory: Path, namespace: bytes, max_payload_bytes: int, limit_bytes: int, health: Health
     ) -> None:
-        self.held: set[bytes] = set()
+        self.held: dict[bytes, int] = {}
         self.size_bytes = 0
         self._directory = directory
         self._namespace = namespace
@@ -96,15 +98,20 @@ class DiskShard:
             block_hash: The block.
             used_at: When it is used, in seconds since the epoch.
         """
-        cache = self._cache
-        if cache is None or block_hash not in self.held:
+        cache, tag = self._cache, self.held.get(block_hash)
+        if cache is None or tag is None:
             return None
         opened: StoredFile | None = None
         try:
-            with self._take_turn():
-                file = cache.get(self._namespace + block_hash)
-            if file is not None:
-                opened = cache.disk.open(file)
+            if tag:
+                with contextlib.suppress(FileNotFoundError):
+                    opened = cache.disk.open(BlockFile.of(block_hash, tag))
+            if opened is None:
+                # Another process may have replaced it.
+                with self._take_turn():
+                    file = cache.get(self._namespace + block_hash)
+                if file is not None:
+                    opened = cache.disk.open(file)
         except FileNotFoundError:
             opened = None
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a miss
@@ -112,7 +119,7 @@ class DiskShard:
             if isinstance(error, CorruptBlock):
                 self._delete(cache, block_hash)
             elif isinstance(error, TierUnavailable):
-                self.held.discard(block_hash)
+                self.held.pop(block_hash, None)
             else:
                 self._recover(cache, cause)
             return None
@@ -140,10 +147,12 @@ class DiskShard:
             # Another process may have written it, or this one before it forgot.
             with self._take_turn():
                 present = key in cache
+            tag = 0
             if not present:
                 file = cache.disk.write(name, payload)
                 with self._take_turn():
                     cache.set(key, file)
+                tag = file.tag
                 self._health.count("writes")
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does is a block not kept
             cache.disk.remove(name)
@@ -152,7 +161,7 @@ class DiskShard:
             self._recover(cache, cause)
             return False
         self._health.wrote(None)
-        self.held.add(block_hash)
+        self.held[block_hash] = tag
         self._shrink(cache)
         return True
 
@@ -195,7 +204,7 @@ class DiskShard:
         self.disconnect()
         with self._lock:
             cache, self._cache, self._closed = self._cache, None, True
-            self.held = set()
+            self.held = {}
         if cache is None:
             return
         try:
@@ -224,7 +233,7 @@ class DiskShard:
             self._recover(cache, self._health.failed(error))
 
     def _delete(self, cache: Cache, block_hash: bytes) -> None:
-        self.held.discard(block_hash)
+        self.held.pop(block_hash, None)
         try:
             with self._take_turn():
                 cache.delete(self._namespace + block_hash)
@@ -245,7 +254,7 @@ class DiskShard:
             if self._cache is not old or self._closed:
                 return
             self._cache = None
-            self.held = set()
+            self.held = {}
             self.size_bytes = 0
             try:
                 # Without their database the files are of no use, and nobody would count them. A database
@@ -273,8 +282,8 @@ class DiskShard:
             disk_max_payload_bytes=self._max_payload_bytes,
             **_SETTINGS,
         )
-        held: set[bytes] = set()
-        cache.disk.on_remove = held.discard
+        held: dict[bytes, int] = {}
+        cache.disk.on_remove = lambda block_hash: held.pop(block_hash, None)
         self._last_row = 0
         self._note_new_rows(held)
         self.size_bytes = cache.volume()
@@ -283,15 +292,16 @@ class DiskShard:
         self._turn = threading.Lock()
         self._cache = cache
 
-    def _note_new_rows(self, held: set[bytes]) -> None:
+    def _note_new_rows(self, held: dict[bytes, int]) -> None:
         """Add the blocks of rows that were not looked at yet: other processes write here too."""
         with self._connect() as database:
             (last,) = database.execute("SELECT COALESCE(MAX(rowid), 0) FROM Cache").fetchone()
             # The conditions on the other columns keep absurd rows from ever being fetched. They need the rows
             # themselves, and reading those in their order is 2.5 times as fast as by way of the index.
-            keys = database.execute(
-                "SELECT key FROM Cache NOT INDEXED WHERE rowid > ? AND rowid <= ? AND key >= ? AND key < ?"
-                " AND length(key) = ? AND raw = 1 AND typeof(value) = 'integer' AND length(filename) < 64",
+            rows = database.execute(
+                "SELECT key, mode, filename, value FROM Cache NOT INDEXED"
+                " WHERE rowid > ? AND rowid <= ? AND key >= ? AND key < ? AND length(key) = ? AND raw = 1"
+                " AND typeof(mode) = 'integer' AND typeof(value) = 'integer' AND length(filename) < 64",
                 (
                     self._last_row,
                     last,
@@ -300,7 +310,9 @@ class DiskShard:
                     KEY_BYTES,
                 ),
             )
-            held.update(key[HASH_BYTES:] for (key,) in keys)
+            for key, mode, name, length in rows:
+                known = mode == MODE_BINARY and isinstance(name, str) and length <= self._max_payload_bytes
+                held[key[HASH_BYTES:]] = BlockFile(name, length).tag if known else 0
         self._last_row = last
 
     def _refuse_foreign(self) -> None:
