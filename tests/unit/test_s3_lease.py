@@ -120,6 +120,46 @@ def test_a_claim_that_comes_late_is_withdrawn() -> None:
     assert len(times.bucket.keys("gc/lease-")) == 1
 
 
+def test_two_that_come_in_different_minutes_do_not_both_get_it() -> None:
+    """The later one looked before the earlier one wrote, and writes another number, which nobody refuses."""
+    times = Times()
+    first, second = times.lease(), times.lease()
+
+    def later() -> float:
+        # Asked between looking and writing.
+        times.bucket.clock = lambda: times.now
+        assert first.acquire()
+        times.now += 61
+        return times.now
+
+    times.bucket.clock = later
+    assert not second.acquire()
+    assert len(times.bucket.keys("gc/lease-")) == 1
+    times.now += TERM_SECONDS / 2
+    first.keep()
+    assert len(times.bucket.keys("gc/lease-")) == 1
+
+
+def test_whoever_slept_with_his_machine_finds_that_he_was_followed() -> None:
+    """Its clock stood still, the row was empty in between, and somebody else has begun a new one."""
+    times = Times()
+    asleep = [0.0]
+    sleeper = Lease(times.bucket, "p", lambda: asleep[0])
+    assert sleeper.acquire()
+    times.now += 2 * TERM_SECONDS
+    other = times.lease()
+    assert other.acquire()
+    other.release()
+    third = times.lease()
+    assert third.acquire()
+    asleep[0] += TERM_SECONDS / 2
+    with pytest.raises(LeaseLost):
+        sleeper.keep()
+    times.now += TERM_SECONDS / 2
+    third.keep()
+    assert len(times.bucket.keys("gc/lease-")) == 1
+
+
 def test_a_server_that_overwrites_has_no_lease() -> None:
     times = Times()
     times.bucket.conditional = False

@@ -65,6 +65,7 @@ class Catalog:
         max_block_bytes: int,
         refresh_seconds: float,
         on_ready: Callable[[], None],
+        clock: Callable[[], int] = time.time_ns,
     ):
         """Prepare; `start` runs the thread, which calls `on_ready` once the index is loaded.
 
@@ -79,6 +80,7 @@ class Catalog:
             max_block_bytes: No payload is longer; packs that list longer ones are corrupt.
             refresh_seconds: Seconds between polls.
             on_ready: Called once.
+            clock: Nanoseconds since 1970, as this node has them.
         """
         self._bucket = bucket
         self._keys = keys
@@ -90,6 +92,7 @@ class Catalog:
         self._max_block_bytes = max_block_bytes
         self._refresh_seconds = refresh_seconds
         self._on_ready = on_ready
+        self._clock = clock
         self.ready = threading.Event()
         self._stop = False
         self._wake = threading.Event()
@@ -103,7 +106,7 @@ class Catalog:
         self._condemned: dict[bytes, bytes] = {}
         self._rebuild_at: float | None = None
         self._rebuild_pause = _REBUILD_PAUSE[0]
-        self._compactor = Compactor(bucket, keys, namespace.id, max_block_bytes, counters)
+        self._compactor = Compactor(bucket, keys, namespace.id, max_block_bytes, counters, clock)
         self._compact_at = time.monotonic() + random.uniform(*_COMPACT_SECONDS)  # noqa: S311 - not for secrets
 
     def start(self) -> None:
@@ -130,7 +133,7 @@ class Catalog:
             now = time.monotonic()
             wide = now >= self._wide_poll_at
             # A segment from the future, by a wrong clock, must not hide those of the present.
-            newest = min(self._newest, time.time_ns())
+            newest = min(self._newest, self._clock())
             start = self._keys.segments_from(newest - (_LARGEST_SKEW if wide else _USUAL_SKEW))
             self._load(self._bucket.list(self._keys.index, start))
             if wide:
@@ -145,7 +148,7 @@ class Catalog:
             TierError: The bucket does not answer or refuses.
         """
         for body in write_segments(packs, self._namespace.id):
-            key = self._keys.new_segment(time.time_ns())
+            key = self._keys.new_segment(self._clock())
             self._bucket.put(key, body)
             with self._seen_lock:
                 self._seen.add(key)

@@ -4,6 +4,8 @@ A lease is a row of objects, `{prefix}/gc/lease-{number}`, each written with `If
 the one with the highest number holds the lease until it is a term old; to renew it is to write the next one.
 So neither taking nor renewing ever overwrites anything, and of two that try only one succeeds. Ages are by
 the server's clock, and the holder's own view of its lease by its monotonic one: no node's clock matters.
+Numbers start from the server's time, in minutes, so that none comes again after the row was empty: a holder
+whose machine slept, so that its clock stood still, finds a higher one when it renews.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ TERM_SECONDS = 600.0
 """A run that dies keeps others waiting for so long; looking at a large bucket may take minutes."""
 _MARGIN_SECONDS = 60.0
 """Others wait so much longer: the listing may come from a server whose clock differs."""
+_STEP_SECONDS = 60.0
+"""A lease is renewed more seldom, so numbers do not run ahead of the time."""
 _NUMBER = re.compile(r"[0-9]{20}")
 
 
@@ -62,20 +66,20 @@ class Lease:
         newest = max(numbers, default=0)
         if newest and numbers[newest].modified + TERM_SECONDS + _MARGIN_SECONDS > self._bucket.server_time():
             return False
-        begun = self._clock()
-        if not self._write(newest + 1):
+        begun, number = self._clock(), max(newest + 1, int(self._bucket.server_time() // _STEP_SECONDS))
+        if not self._write(number):
             return False
-        if self._write(newest + 1):
-            self._bucket.delete(self._key(newest + 1))
+        if self._write(number):
+            self._bucket.delete(self._key(number))
             raise NoConditionalPut(
                 "this server overwrites objects although asked not to (If-None-Match), so two nodes could "
                 "collect garbage at once; see that nobody else does, and run `kvtier gc --no-lease`"
             )
-        # Whoever was held up between looking and writing may have come late.
-        if max(self._list(), default=0) != newest + 1:
-            self._bucket.delete(self._key(newest + 1))
+        # Whoever was held up between looking and writing may have come late, or in another minute.
+        if self._list().keys() - numbers.keys() != {number}:
+            self._bucket.delete(self._key(number))
             return False
-        self._number, self._renewed = newest + 1, begun
+        self._number, self._renewed = number, begun
         # Where there is nothing to remove, this still tells whether the credentials may delete at all.
         for number in numbers or [0]:
             self._bucket.delete(self._key(number))
@@ -93,7 +97,11 @@ class Lease:
             return
         if now - self._renewed > TERM_SECONDS:
             raise LeaseLost("the lease for collecting garbage ran out")
-        if not self._write(self._number + 1):
+        number = self._number + 1
+        if not self._write(number):
+            raise LeaseLost("another node has taken the lease for collecting garbage")
+        if max(self._list(), default=0) != number:
+            self._bucket.delete(self._key(number))
             raise LeaseLost("another node has taken the lease for collecting garbage")
         self._number, self._renewed = self._number + 1, now
         self._bucket.delete(self._key(self._number - 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
@@ -65,6 +65,7 @@ class S3Tier:
         longest_pause: float = _LONGEST_PAUSE_SECONDS,
         pack_delay: float = _PACK_DELAY_SECONDS,
         upkeep: bool = True,
+        clock: Callable[[], int] = time.time_ns,
     ):
         """Start the tier. Nothing here waits for the network or fails because of it.
 
@@ -78,6 +79,7 @@ class S3Tier:
             longest_pause: Seconds between attempts at a bucket that does not answer, at most.
             pack_delay: Seconds after its last block until an incomplete pack is uploaded.
             upkeep: Whether to note accesses in the bucket and collect garbage, in the background.
+            clock: Nanoseconds since 1970, as this node has them.
         """
         self._counters = Counters()
         self._bucket = bucket or open_bucket(config, self._counters)
@@ -99,6 +101,7 @@ class S3Tier:
             max_encoded_bytes,
             config.index_refresh,
             on_ready=lambda: self._uploader.start(),
+            clock=clock,
         )
         self._reader = BlockReader(
             self._bucket,
