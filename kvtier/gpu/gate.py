@@ -43,7 +43,7 @@ class Gate:
         for call in (self._wait, self._write):
             call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
         self._device = device
-        self._memory = torch.zeros(self.words, dtype=torch.int32).pin_memory(device)
+        self._memory = torch.zeros(self.words, dtype=torch.int32).pin_memory()
         self._word = (ctypes.c_uint32 * self.words).from_address(self._memory.data_ptr())
         self._closed = 0
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ class Gate:
         Raises:
             OSError: The driver refuses; nothing is held back.
         """
-        # Numbers are compared as if on a circle: that there are only 2**32 is no matter.
+
         self._closed += 1
         round_, word = divmod(self._closed, self.words)
         address = self._memory.data_ptr() + word * self._memory.itemsize

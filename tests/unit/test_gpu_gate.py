@@ -44,7 +44,7 @@ def stream(number: int, waited: list[object] | None = None) -> SimpleNamespace:
 def _no_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream(5))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, _: tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
 
 def test_each_closing_has_a_word_of_its_own_and_opening_writes_that_alone():
