@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,13 +15,18 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
 from kvtier.codec import BlockCodec
-from kvtier.tiers import StoredBlock, Tier
+from kvtier.tiers import ReadsFiles, StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
 
 _log = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES = 256 << 20
 """Encoded bytes that may wait for one tier; a slower tier loses blocks rather than the machine its memory."""
+
+_STALL_SECONDS = 1.0
+"""A local tier that has written nothing for so long is not waited for."""
+
+_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,13 @@ class _TierQueue:
         queued_bytes: Their bytes, those that are just being written included.
     """
 
-    def __init__(self, tier: Tier, counters: Counters) -> None:
+    def __init__(self, tier: Tier, counters: Counters, is_behind: Callable[[], bool]) -> None:
+        """Take a tier, and what says whether too much waits for its encoder to wait for room here, too."""
         self._tier = tier
+        self._is_behind = is_behind
+        # A bucket can be slower than the encoders for long.
+        self._is_local = isinstance(tier, ReadsFiles)
+        self._progress = 0.0
         self._counters = counters
         self._worker = Workers(f"write-{tier.name}", 1)
         self._changed = threading.Condition()
@@ -57,17 +67,26 @@ class _TierQueue:
         self.queued_bytes = 0
         self._writing = False
 
-    def offer(self, block: StoredBlock) -> None:
+    def offer(self, block: StoredBlock, *, wait: bool = False) -> None:
+        """Queue a block; where there is no room it is lost, unless `wait` and a local tier makes some.
+
+        A prompt is encoded faster than a disk takes it. Without the blocks that are lost in the middle, those
+        behind them are worth nothing.
+        """
         size = len(block.payload)
         with self._changed:
-            if self.queued_bytes + size > MAX_QUEUED_BYTES:
-                self._counters.add(f"{self._tier.name}_dropped_blocks")
-                return
+            while self.queued_bytes + size > MAX_QUEUED_BYTES:
+                left = self._progress + _STALL_SECONDS - time.monotonic()
+                if not wait or not self._is_local or left <= 0 or self._is_behind():
+                    self._counters.add(f"{self._tier.name}_dropped_blocks")
+                    return
+                self._changed.wait(min(left, _LOOK_SECONDS))
             self.queued_bytes += size
             self._blocks.append(block)
             if self._writing:
                 return
             self._writing = True
+            self._progress = time.monotonic()
         self._worker.run(self._drain)
 
     def wait_empty(self, deadline: float) -> bool:
@@ -93,6 +112,8 @@ class _TierQueue:
                 log_once(_log, self._tier.name, "writing to %s failed: %r", self._tier.name, error)
             with self._changed:
                 self.queued_bytes -= sum(len(block.payload) for block in batch)
+                self._progress = time.monotonic()
+                self._changed.notify_all()
 
 
 class WriteThrough:
@@ -112,7 +133,7 @@ class WriteThrough:
         self._codec = codec
         self._tiers = tiers
         self._counters = counters
-        self._queues = [_TierQueue(tier, counters) for tier in tiers]
+        self._queues = [_TierQueue(tier, counters, self._is_behind) for tier in tiers]
         self._encoders = Workers("encode", max(1, min(8, (os.cpu_count() or 1) // 2)))
         self._changed = threading.Condition()
         self._pinned = 0
@@ -159,6 +180,10 @@ class WriteThrough:
         with self._changed:
             return self._pinned, sum(queue.queued_bytes for queue in self._queues)
 
+    def _is_behind(self) -> bool:
+        """Say whether a quarter of the arena waits: it is there for blocks that are read."""
+        return self._pinned > self._memory.slots // 4
+
     def _encode(self, block: CommittedBlock) -> None:
         try:
             lacking = [
@@ -171,7 +196,7 @@ class WriteThrough:
                 self._counters.add("encoded_raw_bytes", self._codec.layout.block_bytes)
                 self._counters.add("encoded_bytes", len(payload))
                 for queue in lacking:
-                    queue.offer(StoredBlock(block.hash, block.parent, block.position, payload))
+                    queue.offer(StoredBlock(block.hash, block.parent, block.position, payload), wait=True)
         finally:
             self._memory.unpin([block.slot])
             with self._changed:

@@ -30,7 +30,7 @@ _Job = TypeVar("_Job")
 _MAX_SHARDS = 8
 _THREADS = 4
 # Who reads a block also decodes it, which takes most of the time: more threads than that gain nothing.
-_READERS = max(_THREADS, min(8, (os.cpu_count() or 1) // 2))
+_READERS = max(_THREADS, min(12, (os.cpu_count() or 1) * 3 // 4))
 _BLOCKS_PER_SHARD = 64
 _MIN_BLOCKS = 16
 _OPEN_SECONDS = 10.0
