@@ -3,9 +3,10 @@
 The machine needs no network: the bundle has vLLM, the model is a shape with random weights. Run as
 
     python bench/vllm_gpu.py --bundle BUNDLE.txz --shape 8b --tokens 2000 8000
-    python bench/vllm_gpu.py --bundle BUNDLE.txz --shape 1b --weights --tokens 2000 8000
+    python bench/vllm_gpu.py --bundle BUNDLE.txz --shape 1b --weights --tokens 8000 --compared 8
 
-With weights the outputs with and without kvtier are compared, too.
+Where prompts are compared, outputs, their log probabilities and the bytes in the KV pool are, with kvtier and
+without it.
 """
 
 from __future__ import annotations
@@ -163,13 +164,13 @@ def main() -> None:
     )
     parser.add_argument("--bundle", type=Path, help="vLLM, packed; without it the installed one is used")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--weights", action="store_true", help="random weights, and compare outputs")
+    parser.add_argument("--weights", action="store_true", help="random weights")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 8000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="9GiB")
     parser.add_argument("--format", choices=["raw", "planes"], default="raw", help="of the agent's memory")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--compared", type=int, default=8, help="prompts whose outputs are compared")
+    parser.add_argument("--compared", type=int, default=0, help="prompts whose outputs and KV are compared")
     arguments = parser.parse_args()
     begun = time.monotonic()
     os.environ.update(unpack(arguments.bundle) if arguments.bundle else {})
@@ -198,7 +199,7 @@ def main() -> None:
                 engine.answer(max(1.0, begun + _START_SECONDS - time.monotonic()))
             wait_for(cached, "attached")
             print(f"engines are up after {time.monotonic() - begun:.0f} s", flush=True)
-            if arguments.weights:
+            if arguments.compared:
                 compare(plain, cached, arguments.seed, arguments.compared, max(arguments.tokens))
             run_table(node, plain, cached, arguments.tokens, arguments.rounds, arguments.seed).show(
                 "no cache"
