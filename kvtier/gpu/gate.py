@@ -60,7 +60,6 @@ class Gate:
         Raises:
             OSError: The driver refuses; nothing is held back.
         """
-
         self._closed += 1
         round_, word = divmod(self._closed, self.words)
         address = self._memory.data_ptr() + word * self._memory.itemsize

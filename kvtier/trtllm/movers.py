@@ -19,7 +19,10 @@ from kvtier.trtllm.pool import Pool
 _log = logging.getLogger(__name__)
 
 PARTS = 4
-"""Of a load by layer. Each of them costs the engine's thread as much as a whole load."""
+"""Of a load by layer, at most. Each of them costs the engine's thread as much as a whole load."""
+
+PART_BYTES = 256 << 10
+"""Smaller copies to a GPU are slower."""
 
 
 def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
@@ -56,14 +59,20 @@ def _gate(device: torch.device) -> Gate | None:
         return None
 
 
-def layer_parts(pool: Pool, copy: Copy) -> list[Layers]:
-    """Return how the blocks of a pool are loaded by layer; nothing where layers do not lie one by one."""
-    if pool.layout.kind != "flat":
+def layer_parts(pool: Pool, copy: Copy, least_bytes: int = PART_BYTES) -> list[Layers]:
+    """Return how the blocks of a pool are loaded by layer; nothing where that does not pay or cannot be.
+
+    Args:
+        pool: The pool.
+        copy: Copies ranges.
+        least_bytes: Of a part of a block.
+    """
+    parts = min(PARTS, pool.layout.layers, pool.layout.shard_bytes // least_bytes)
+    if pool.layout.kind != "flat" or parts < 2:
         return []
     layers, size = pool.layout.layers, pool.layout.shard_bytes // pool.layout.layers
-    firsts = [layers * part // PARTS for part in range(PARTS + 1)]
+    firsts = [layers * part // parts for part in range(parts + 1)]
     return [
         Layers(stop - start, RawMover(pool.map.part(start * size, stop * size), copy))
         for start, stop in pairwise(firsts)
-        if start < stop
     ]

@@ -30,6 +30,10 @@ from kvtier.trtllm.runtime import Runtime, join, runtime_of
 _log = logging.getLogger(__name__)
 
 
+BY_LAYER_BYTES = 64 << 20
+"""Less is loaded as a whole: it takes a millisecond."""
+
+
 def _no_saves() -> tuple[Save, ...]:
     return ()
 
@@ -52,6 +56,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._rank = rank_here() or as_int(dig(llm_args, "parallel_config", "rank")) or 0
         self._runtime: Runtime = join(llm_args, self._rank)
         self._session: int | None = None
+        # Which part of each slot is this rank's to save.
+        self._shard = self._rank
         self._pool: Pool | None = None
         self._transfers: Transfers | None = None
         self._slots = SlotAddresses()
@@ -200,6 +206,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._pool, self._transfers = pool, transfers_for(pool, form)
         self._hooks.forget()
         self._by_layer = False
+        self._shard = 0 if self._runtime.replicated(pool) else self._rank
         self._runtime.register(self._rank, pool)
 
     @shielded(lambda: None)
@@ -225,10 +232,6 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         # Orders of another engine's leader are never carried out on this one's store.
         return self._runtime.store_of(self._rank) if self._session == self._runtime.session else None
 
-    @property
-    def _shard(self) -> int:
-        return 0 if self._pool is not None and self._runtime.replicated(self._pool) else self._rank
-
     def _saves_elsewhere(self) -> bool:
         """Say whether another rank saves what this one holds, too."""
         return self._shard != self._rank
@@ -242,7 +245,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         done = partial(self._loaded, store, [load.lease for load in loads], len(blocks), until)
         self._check(until)
         layers = self._transfers.layers
-        self._by_layer = self._hooks.certain(layers)
+        size = len(blocks) * store.layout.shard_bytes
+        self._by_layer = self._hooks.certain(layers) and size >= BY_LAYER_BYTES
         load = self._transfers.load_by_layer if self._by_layer else self._transfers.load
         load(stream, self._with_addresses(store, blocks), done)
         self._hooks.begin(layers)

@@ -93,6 +93,7 @@ def stress(
     slots: str = "raw",
 ) -> tuple[int, Counts, dict[str, float]]:
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path, slots=slots)))
+    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 0)
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = RealGpu(rng, default_stream)

@@ -21,6 +21,7 @@ def stress(
     kind: type[CudaTransfers], seed: int, monkeypatch, tmp_path, iterations: int
 ) -> tuple[int, Stress]:
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
+    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 0)
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = VirtualGpu(rng)
@@ -28,7 +29,7 @@ def stress(
 
     def transfers(pool: Pool) -> CudaTransfers:
         mover = RawMover(pool.map, gpu.copy)
-        return kind(mover, gpu.stream(), gpu.stream(), layer_parts(pool, gpu.copy), VirtualGate())
+        return kind(mover, gpu.stream(), gpu.stream(), layer_parts(pool, gpu.copy, 1), VirtualGate())
 
     with memory_stores(monkeypatch, slots=SLOTS):
         world = Stress(gpu, pool, transfers, rng)

@@ -97,7 +97,7 @@ class Loading:
         runtime = self.rig.leader._runtime
         runtime.ready = replace(runtime.ready, on_gpu=True)
         mover = RawMover(worker._pool.map, gpu.copy)
-        parts = layer_parts(worker._pool, gpu.copy)
+        parts = layer_parts(worker._pool, gpu.copy, 1)
         self.gate = VirtualGate()
         worker._transfers = CudaTransfers(mover, gpu.stream(), gpu.stream(), parts, self.gate)
         self.tokens = list(range(4 * SIZE))
@@ -126,6 +126,7 @@ class Loading:
 @pytest.fixture
 def loading(monkeypatch, tmp_path):
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
+    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 0)
     with memory_stores(monkeypatch, slots=16):
         yield Loading()
 
@@ -143,6 +144,21 @@ def test_the_first_load_is_whole_and_the_next_by_layer(loading):
         assert all(loading.rig.holds(page, block) for block, page in enumerate(pages))
         loading.rig.worker.get_finished([], [])
     assert loading.rig.leader.stats()["store_leases"] == 0
+
+
+def test_small_loads_are_whole(loading, monkeypatch):
+    assert loading.iterate([0, 1], [4, 5, 6, 7])
+    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 1 << 20)
+    monkeypatch.setattr(loading.rig.worker._transfers, "load_by_layer", None)
+    assert loading.iterate([0, 1], [8, 9, 10, 11]) == 4 * SIZE
+    loading.gpu.synchronize()
+    assert all(loading.rig.holds(page, block) for block, page in enumerate([8, 9, 10, 11]))
+
+
+@pytest.mark.parametrize(("least", "layers"), [(1, [1, 1]), (1 << 20, [])])
+def test_parts_are_not_too_small_to_be_copied_fast(loading, least, layers):
+    parts = layer_parts(loading.rig.worker._pool, loading.gpu.copy, least)
+    assert [part.layers for part in parts] == layers
 
 
 def test_a_layer_without_its_hook_ends_the_engine(loading):
