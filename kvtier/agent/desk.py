@@ -9,7 +9,7 @@ from kvtier._counters import Counters
 from kvtier.agent import wire
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.hashing import HASH_BYTES
-from kvtier.store import Match, TieredStore
+from kvtier.store import Match, Run, TieredStore
 from kvtier.store.tiered import Lookup
 
 Answer = bytes | None | Callable[[], bytes]
@@ -116,23 +116,20 @@ class Desk:
 
     def _reserve(self, session: Session, request: wire.Reserve) -> wire.Reserved:
         runs = [
-            (parent, position, wire.split_hashes(hashes))
+            Run(parent, position, wire.split_hashes(hashes))
             for parent, position, hashes in request.runs
             if hashes
         ]
-        if any(len(parent) != HASH_BYTES or position < 0 for parent, position, _ in runs):
+        if any(len(run.parent) != HASH_BYTES or run.position < 0 for run in runs):
             raise wire.WireError("a reservation without a parent or position")
-        if sum(len(hashes) for _, _, hashes in runs) > wire.MAX_BLOCKS:
+        blocks = sum(len(run.hashes) for run in runs)
+        if blocks > wire.MAX_BLOCKS:
             raise wire.WireError("a reservation of too many blocks")
         store, group = session.opened.store, session.group
-        numbers: list[int] = []
-        for parent, position, hashes in runs:
-            tickets = (
-                store.reserve(parent, position, hashes, owner=group.owner)
-                if group.whole
-                else [None] * len(hashes)
-            )
-            numbers += [wire.NO_TICKET if ticket is None else ticket for ticket in tickets]
+        if not group.whole:
+            return wire.Reserved(request.id, wire.pack_numbers([wire.NO_TICKET] * blocks, "Q"))
+        granted = store.reserve_runs(runs, owner=group.owner)
+        numbers = [wire.NO_TICKET if ticket is None else ticket for tickets in granted for ticket in tickets]
         return wire.Reserved(request.id, wire.pack_numbers(numbers, "Q"))
 
     def _commit(self, session: Session, request: wire.Commit) -> None:

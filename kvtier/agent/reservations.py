@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,32 +27,40 @@ class _Batch:
     Attributes:
         answer: The agent's answer.
         since: When it was asked.
-        runs: Where the tickets of each run stand in the answer. Whoever takes an entry out owns its tickets.
+        untaken: Where each run's tickets stand in the answer. Whoever takes an entry out owns its tickets.
     """
 
-    __slots__ = ("answer", "runs", "since")
+    __slots__ = ("_size", "_tickets", "answer", "since", "untaken")
 
     def __init__(self, answer: Answer, since: float, sizes: Sequence[int]) -> None:
         self.answer = answer
         self.since = since
-        ends = itertools.accumulate(sizes)
-        self.runs = {
-            run: slice(end - size, end) for run, (size, end) in enumerate(zip(sizes, ends, strict=True))
-        }
+        self.untaken: dict[int, tuple[int, int]] = {}
+        start = 0
+        for run, size in enumerate(sizes):
+            self.untaken[run] = start, start + size
+            start += size
+        self._size = start
+        self._tickets: list[int | None] | None = None
 
-    def tickets(self, place: slice) -> list[int | None]:
+    def tickets(self, start: int, end: int) -> list[int | None]:
         """Return the tickets at a place of the answer, None where there is none."""
-        size = place.stop - place.start
+        if self._tickets is None:
+            self._tickets = self._read()
+        return self._tickets[start:end]
+
+    def _read(self) -> list[int | None]:
         reply = self.answer.reply
         if not isinstance(reply, wire.Reserved):
-            return [None] * size
-        blob = reply.tickets[8 * place.start : 8 * place.stop]
-        if len(blob) != 8 * size:
-            log_once(_log, "tickets", "the agent granted %d bytes of tickets for %d", len(blob), size)
-            return [None] * size
+            return [None] * self._size
+        size = len(reply.tickets)
+        if size != 8 * self._size:
+            log_once(_log, "tickets", "the agent granted %d bytes of tickets for %d", size, self._size)
+            return [None] * self._size
         above = self.answer.epoch << 63
         return [
-            None if number == wire.NO_TICKET else above | number for number in wire.unpack_numbers(blob, "Q")
+            None if number == wire.NO_TICKET else above | number
+            for number in wire.unpack_numbers(reply.tickets, "Q")
         ]
 
 
@@ -71,11 +78,11 @@ class _Pending:
     def take(self, wait: bool = False) -> list[int | None] | None:
         """Return the tickets; see `Reservation.take`."""
         batch = self._batch
-        if not self._over and self._owner.look(batch.answer, wait) is None and self._run in batch.runs:
+        if not self._over and self._owner.look(batch.answer, wait) is None and self._run in batch.untaken:
             self._over = wait
             return [None] * self._size if wait else None
-        place = None if self._over else batch.runs.pop(self._run, None)
-        return [None] * self._size if place is None else batch.tickets(place)
+        place = None if self._over else batch.untaken.pop(self._run, None)
+        return [None] * self._size if place is None else batch.tickets(*place)
 
 
 class Reservations:
@@ -123,12 +130,12 @@ class Reservations:
         oldest = self._clock() - RESERVED_SECONDS
         while self._batches and self._batches[0].since <= oldest:
             batch = self._batches.popleft()
-            places = [place for run in list(batch.runs) if (place := batch.runs.pop(run, None))]
+            places = [place for run in list(batch.untaken) if (place := batch.untaken.pop(run, None))]
             if not places:
                 continue
             self._counters.add("client_untaken_reservations", len(places))
             if self._link.renounce(batch.answer) is None:
                 continue
-            untaken = [ticket for place in places for ticket in batch.tickets(place) if ticket is not None]
+            untaken = [ticket for place in places for ticket in batch.tickets(*place) if ticket is not None]
             numbers = wire.pack_numbers([ticket & (1 << 63) - 1 for ticket in untaken], "Q")
             self._link.post(wire.Abort(0, 0, numbers, -1), batch.answer.epoch)

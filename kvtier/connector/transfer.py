@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple, Protocol
@@ -86,7 +86,11 @@ class RawMover:
             self._copy(host, pool, sizes, stream)
 
 
-def _batches(blocks: Blocks) -> Iterator[Blocks]:
+def _batches(blocks: Blocks) -> Iterable[Blocks]:
+    return (blocks,) if len(blocks.slots) <= BATCHES[0] else _several(blocks)
+
+
+def _several(blocks: Blocks) -> Iterator[Blocks]:
     first = 0
     for size in chain(BATCHES, repeat(BATCHES[-1])):
         if first >= len(blocks.slots):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
@@ -50,13 +51,13 @@ class _Reservation:
     Attributes:
         block: The block.
         owner: For `drop_owner`.
-        writing: The shards that have not said how their copy ended.
+        writing: A bit for each shard that has not said how its copy ended.
         failed: Whether one of them gave up.
     """
 
     block: CommittedBlock
     owner: int
-    writing: set[int]
+    writing: int
     failed: bool = False
 
 
@@ -120,6 +121,7 @@ class TieredStore:
         self.namespace = namespace
         self.layout = layout
         self.form = form if form is not None else RawSlots(layout)
+        self._raw = isinstance(self.form, RawSlots)
         self.memory = memory
         self._tiers = tuple(tiers)
         self._note_use = [tier.note_use for tier in tiers if isinstance(tier, NotesUse)]
@@ -226,33 +228,39 @@ class TieredStore:
         """Give a lease up; see `StoreClient.release`."""
         self._leases.release(lease, shard)
 
-    def reserve(
-        self, parent: bytes, position: int, hashes: Sequence[bytes], *, owner: int = 0
-    ) -> list[int | None]:
-        """Reserve slots for new blocks, for `owner`; see `StoreClient.reserve`."""
-        if self._closed:
-            return [None] * len(hashes)
-        self.expire()
-        tickets = self.memory.reserve(hashes)
-        shards = range(self.layout.shards)
-        with self._lock:
-            for index, ticket in enumerate(tickets):
-                if ticket is not None:
-                    before = hashes[index - 1] if index else parent
-                    block = CommittedBlock(hashes[index], before, position + index, ticket_slot(ticket))
-                    self._filling[ticket] = _Reservation(block, owner, set(shards))
-        if None in tickets:
-            without_room = sum(
-                ticket is None and self.memory.state(block) == "absent"
-                for ticket, block in zip(tickets, hashes, strict=True)
-            )
-            if without_room:
-                self._counters.add("save_skipped_blocks", without_room)
+    def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
+        """Reserve slots for new blocks; see `StoreClient.reserve`."""
+        (tickets,) = self.reserve_runs([Run(parent, position, hashes)])
         return tickets
 
     def reserve_soon(self, runs: Sequence[Run]) -> list[Reservation]:
         """Reserve slots for several runs; see `StoreClient.reserve_soon`."""
-        return [Granted(self.reserve(*run)) for run in runs]
+        return [Granted(tickets) for tickets in self.reserve_runs(runs)]
+
+    def reserve_runs(self, runs: Sequence[Run], *, owner: int = 0) -> list[list[int | None]]:
+        """Reserve slots for the blocks of several runs, for `owner`; see `StoreClient.reserve`."""
+        if self._closed:
+            return [[None] * len(run.hashes) for run in runs]
+        self.expire()
+        tickets = self.memory.reserve([block for run in runs for block in run.hashes])
+        all_shards = (1 << self.layout.shards) - 1
+        granted: list[list[int | None]] = []
+        start = without_room = 0
+        with self._lock:
+            for before, position, hashes in runs:
+                own = tickets[start : start + len(hashes)]
+                for place, (block, ticket) in enumerate(zip(hashes, own, strict=True), position):
+                    if ticket is not None:
+                        entry = CommittedBlock(block, before, place, ticket_slot(ticket))
+                        self._filling[ticket] = _Reservation(entry, owner, all_shards)
+                    elif self.memory.state(block) == "absent":
+                        without_room += 1
+                    before = block
+                start += len(hashes)
+                granted.append(own)
+        if without_room:
+            self._counters.add("save_skipped_blocks", without_room)
+        return granted
 
     def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
         """Note one shard's bytes as in place; see `StoreClient.commit`."""
@@ -269,40 +277,44 @@ class TieredStore:
 
     def _settle(self, tickets: Sequence[int], shard: int, *, written: bool) -> None:
         """Note how one shard's copies ended. The last shard publishes a block, or frees its slot."""
-        whole: dict[int, CommittedBlock] = {}
-        failed: list[int] = []
+        whole: list[int] = []
+        blocks: list[CommittedBlock] = []
+        given_up: list[int] = []
+        bit = 1 << shard
         with self._lock:
             for ticket in tickets:
                 entry = self._filling.get(ticket)
-                if entry is None or shard not in entry.writing:
+                if entry is None or not entry.writing & bit:
                     continue
-                entry.writing.remove(shard)
+                entry.writing -= bit
                 entry.failed |= not written
                 if entry.writing:
                     continue
                 del self._filling[ticket]
                 if entry.failed:
-                    failed.append(ticket)
+                    given_up.append(ticket)
                 else:
-                    whole[ticket] = entry.block
-        unfit = [ticket for ticket, block in whole.items() if not self._fits(block.slot)]
-        for ticket in unfit:
-            del whole[ticket]
-        if failed or unfit:
-            self.memory.abort(failed + unfit)
-        if unfit:
-            self._counters.add("unfit_blocks", len(unfit))
+                    whole.append(ticket)
+                    blocks.append(entry.block)
+        if not self._raw:
+            unfit = [place for place, block in enumerate(blocks) if not self._fits(block.slot)]
+            for place in reversed(unfit):
+                given_up.append(whole.pop(place))
+                del blocks[place]
+            if unfit:
+                self._counters.add("unfit_blocks", len(unfit))
+        if given_up:
+            self.memory.abort(given_up)
         if not whole:
             return
-        published = self.memory.publish(list(whole), pin=True)
-        blocks = [block for block, done in zip(whole.values(), published, strict=True) if done]
-        self._counters.add("saved_blocks", len(blocks))
-        self._writer.offer(blocks)
+        # Pinned for the writer, before anybody can see them.
+        published = self.memory.publish(whole, pin=bool(self._tiers))
+        self._counters.add("saved_blocks", sum(published))
+        if self._tiers:
+            self._writer.offer(list(compress(blocks, published)))
 
     def _fits(self, slot: int) -> bool:
         """Say whether the shards in a slot say that the form of the slots could hold them."""
-        if isinstance(self.form, RawSlots):
-            return True
         try:
             return self.form.whole(self.memory.view(slot))
         except ValueError:

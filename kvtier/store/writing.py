@@ -143,14 +143,13 @@ class WriteThrough:
         for block in blocks:
             with self._changed:
                 # Blocks that wait for their encoder are pinned, and pinned ones make no room for new ones.
-                taken = bool(self._tiers) and self._pinned < max(1, self._memory.slots // 2)
+                taken = self._pinned < max(1, self._memory.slots // 2)
                 self._pinned += taken
             if taken:
                 self._encoders.run(partial(self._encode, block))
             else:
                 self._memory.unpin([block.slot])
-                if self._tiers:
-                    self._counters.add("encode_dropped_blocks")
+                self._counters.add("encode_dropped_blocks")
 
     def promote(self, depth: int, block: StoredBlock) -> None:
         """Queue a copy of an encoded block for the tiers above `depth` that lack it."""

@@ -81,17 +81,23 @@ class Offers:
         offers, self._open = self._open, []
         # Where attention has windows, pages that the next pass does not look at any more are lost to it.
         windows = any(group.window is not None for group in groups)
+        now = self._clock()
         ordered: list[tuple[int, list[Save]]] = []
+        # Most of what is open waits for an answer: this asks for it in each pass.
         for number, offer in enumerate(offers):
             try:
-                if offer.state.turn == turn and offer.state.placement == offer.placement:
-                    saves = self._redeem(offer, store, groups, turn, windows)
+                same = offer.state.placement == offer.placement
+                tickets = None
+                if same and offer.state.turn == turn:
+                    tickets = offer.reservation.take(wait=windows)
+                if tickets is not None:
+                    saves = _redeem(offer, tickets, store, groups, late=windows and offer.turn != turn)
                     if saves:
                         ordered.append((offer.request_id, saves))
-                elif self._is_over(offer):
-                    _give_back(offer, store)
-                else:
+                elif same and now - offer.since <= PATIENCE_SECONDS:
                     self._open.append(offer)
+                else:
+                    _give_back(offer, store)
             except Exception:
                 self._open += offers[number + 1 :]
                 store.abort([save.ticket for _, saves in ordered for save in saves])
@@ -150,49 +156,17 @@ class Offers:
         Blocks that were matched or loaded are offered too, once: what fell out of the arena comes back.
         """
         runs: list[Run] = []
-        places: list[tuple[int, RequestState, int, list[Pages]]] = []
+        places: list[tuple[int, RequestState, int, int, list[Pages]]] = []
         for request_id, state, blocks in grown:
             hashes = state.hash_through(blocks)
             for first, pages in _runs(state, blocks, groups):
                 runs.append(Run(state.hash_before(first), first, hashes[first : first + len(pages)]))
-                places.append((request_id, state, first, pages))
+                places.append((request_id, state, state.placement, first, pages))
         if not runs:
             return
         now = self._clock()
-        for (request_id, state, first, pages), reservation in zip(
-            places, store.reserve_soon(runs), strict=True
-        ):
-            self._open.append(
-                _Offer(request_id, state, state.placement, first, pages, turn, now, reservation)
-            )
-
-    def _redeem(
-        self, offer: _Offer, store: StoreClient, groups: Sequence[PageGroup], turn: int, wait: bool
-    ) -> list[Save] | None:
-        """Order the blocks of an offer whose request is scheduled; None, and it stays, without an answer."""
-        tickets = offer.reservation.take(wait=wait)
-        if tickets is None:
-            if self._is_over(offer):
-                _give_back(offer, store)
-            else:
-                self._open.append(offer)
-            return None
-        late = offer.turn != turn
-        saves = []
-        for block, (ticket, pages) in enumerate(zip(tickets, offer.pages, strict=True), offer.first):
-            if ticket is None:
-                continue
-            # A window may have passed it meanwhile.
-            if late and not offer.state.can_save(block, pages, groups):
-                store.abort([ticket])
-                continue
-            saves.append(Save(ticket, pages))
-        return saves
-
-    def _is_over(self, offer: _Offer) -> bool:
-        if offer.state.placement != offer.placement:
-            return True
-        return self._clock() - offer.since > PATIENCE_SECONDS
+        reservations = zip(places, store.reserve_soon(runs), strict=True)
+        self._open += [_Offer(*place, turn, now, reservation) for place, reservation in reservations]
 
 
 def _runs(state: RequestState, blocks: int, groups: Sequence[PageGroup]) -> Iterable[tuple[int, list[Pages]]]:
@@ -211,6 +185,26 @@ def _runs(state: RequestState, blocks: int, groups: Sequence[PageGroup]) -> Iter
             run = []
     if run:
         yield state.handled - len(run), run
+
+
+def _redeem(
+    offer: _Offer,
+    tickets: Sequence[int | None],
+    store: StoreClient,
+    groups: Sequence[PageGroup],
+    *,
+    late: bool,
+) -> list[Save]:
+    """Order what there are slots for; `late`: a window may have passed some of it since it was offered."""
+    saves = []
+    for block, (ticket, pages) in enumerate(zip(tickets, offer.pages, strict=True), offer.first):
+        if ticket is None:
+            continue
+        if late and not offer.state.can_save(block, pages, groups):
+            store.abort([ticket])
+        else:
+            saves.append(Save(ticket, pages))
+    return saves
 
 
 def _give_back(offer: _Offer, store: StoreClient) -> None:

@@ -191,6 +191,7 @@ def same(count: Callable[[], object], least: object) -> None:
         assert last[0] == least
 
 
+@pytest.mark.timeout(180 + 20 * ROUNDS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_whoever_is_killed_or_stopped_the_tokens_are_right_and_nothing_is_left(place, ranks):
     with closing(Schedule(place, ranks, f"{SEED} {ranks}")) as schedule:
