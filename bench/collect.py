@@ -110,7 +110,8 @@ def main() -> None:
     ended.set()
     print(
         f"{packs} packs, {arguments.blocks} blocks: {busy:.1f} s of CPU, "
-        f"{(most[0] - before) >> 20} MiB at most, {done.condemned} condemned, requests {dict(bucket.requests)}"
+        f"{(most[0] - before) >> 20} MiB at most, "
+        f"{done.condemned} condemned, requests {dict(bucket.requests)}"
     )
 
 
