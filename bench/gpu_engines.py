@@ -32,8 +32,7 @@ class Bench:
         directory: For configurations, sockets and the disk tier.
         longest: Tokens of the longest prompt.
         block_bytes: Of a block in the pool.
-        slots: Form of the arena's slots.
-        agent: Where the store is: "inprocess", or "auto" for a process of its own.
+        kind: Form of the arena's slots, or "agent": raw ones in a process of its own.
         rng: Makes prompts.
     """
 
@@ -42,8 +41,7 @@ class Bench:
     directory: Path
     longest: int
     block_bytes: int
-    slots: str
-    agent: str
+    kind: str
     rng: random.Random = field(default_factory=lambda: random.Random(5))
 
     def prompt(self, length: int) -> list[int]:
@@ -73,7 +71,8 @@ class Bench:
         connector: dict[str, Any] = {}
         if tiers is not None:
             file = self.directory / "kvtier.yaml"
-            agent = {"mode": self.agent, "directory": str(self.directory / "agent"), "linger": "1s"}
+            mode = "auto" if self.kind == "agent" else "inprocess"
+            agent = {"mode": mode, "directory": str(self.directory / "agent"), "linger": "1s"}
             file.write_text(yaml.safe_dump({"flush_timeout": "5m", "agent": agent, **tiers}))
             os.environ["KVTIER_CONFIG"] = str(file)
             classes = KvTierConnectorLeader, KvTierConnectorWorker
@@ -97,9 +96,10 @@ class Bench:
 
     def memory(self, prompts: int) -> dict[str, Any]:
         """Return the configuration of an arena for so many of the longest prompts."""
-        slot = self.block_bytes * (0.78 if self.slots == "planes" else 1) + 4096
+        slots = "planes" if self.kind == "planes" else "raw"
+        slot = self.block_bytes * (0.78 if slots == "planes" else 1) + 4096
         size = f"{int(self.blocks(prompts) * slot / 2**20) + 1}MiB"
-        return {"memory": {"size": size, "format": self.slots}}
+        return {"memory": {"size": size, "format": slots}}
 
 
 @dataclass
