@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.config import S3Config
 from kvtier.errors import CorruptBlock
 from kvtier.tiers.s3 import S3Tier
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.pack import pack_name, write_pack
 from kvtier.tiers.s3.tombstone import Tombstone, free_salt, read_tombstone, write_tombstone
 from tests.s3_support import (
-    LAYOUT,
-    MAX_BYTES,
     NAMESPACE,
     WINDOW,
     FakeBucket,
@@ -26,6 +23,9 @@ from tests.s3_support import (
     payloads_of,
     read_all,
 )
+from tests.s3_tier_support import bucket, open_tier
+
+__all__ = ["bucket", "open_tier"]
 
 KEYS = Keys("kvtier", NAMESPACE.hex)
 names = st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=5)
@@ -61,27 +61,6 @@ def test_condemned_names_are_passed_by_and_circles_end() -> None:
     condemned = {pack_name(hashes): first, pack_name(hashes, first): second}
     assert free_salt(hashes, condemned) == second
     assert free_salt(hashes, {pack_name(hashes): first, pack_name(hashes, first): first}) == first
-
-
-@pytest.fixture
-def bucket() -> FakeBucket:
-    return FakeBucket()
-
-
-@pytest.fixture
-def open_tier(bucket: FakeBucket) -> Iterator[Callable[..., S3Tier]]:
-    tiers: list[S3Tier] = []
-
-    def make() -> S3Tier:
-        config = S3Config(bucket="in-memory", index_refresh=0.1, concurrency=4)
-        tier = S3Tier(config, NAMESPACE, LAYOUT, MAX_BYTES, bucket=bucket)
-        tiers.append(tier)
-        eventually(lambda: tier.stats()["index_rebuilds"])
-        return tier
-
-    yield make
-    for tier in tiers:
-        tier.close(5)
 
 
 def bury(bucket: FakeBucket, *packs: bytes) -> str:
