@@ -15,6 +15,7 @@ import numpy as np
 
 from kvtier._counters import Counters
 from kvtier.agent import wire
+from kvtier.agent.dialler import Dialler
 from kvtier.agent.launch import launch
 from kvtier.agent.link import Link, State
 from kvtier.agent.mapping import Mappings, Prepare
@@ -281,7 +282,8 @@ def connect(
         spawn = config.agent.mode == "auto"
     counters = Counters()
     mappings = Mappings(prepare, LEASE_SECONDS, clock)
-    link = Link(directory, hello, mappings, counters, partial(launch, config, directory) if spawn else None)
+    dialler = Dialler(directory, hello, mappings, partial(launch, config, directory) if spawn else None)
+    link = Link(dialler, rank, counters)
     client = AgentClient(
         namespace,
         layout,

@@ -10,29 +10,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-
-import zmq
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.agent import wire
-from kvtier.agent.connection import Connection, Wait, attach
-from kvtier.agent.mapping import Mappings
-from kvtier.errors import KvTierError
+from kvtier.agent.connection import Connection, Wait
+from kvtier.agent.dialler import Dialler
 
 _log = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 0.05
 LAST_RETRY_SECONDS = 1.0
 """Pauses between attempts to connect double from the first to the last of these."""
-
-FIRST_LAUNCH_SECONDS = 2.0
-LAST_LAUNCH_SECONDS = 60.0
-"""Pauses between starts of agents: they double while agents keep dying."""
 
 POST_SECONDS = 0.01
 """What nobody waits for is sent, and its replies are received, by then, if no call does it before."""
@@ -77,31 +68,19 @@ class Link:
     A reply that comes too late is undone: the lease that it grants is released, its tickets are aborted.
 
     Args:
-        directory: The agent's directory.
-        hello: What to attach to.
-        mappings: Where the arenas go.
+        dialler: Finds the agent; the link closes it.
+        rank: The client's place in its engine.
         counters: Where to count.
-        launch: Called when no agent listens, says whether it has started one; None: others start it.
 
     Attributes:
         tend: Called by the link's own thread, many times a second.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        hello: wire.Attach,
-        mappings: Mappings,
-        counters: Counters,
-        launch: Callable[[], bool] | None,
-    ) -> None:
-        self._directory = directory
-        self._hello = hello
-        self._mappings = mappings
+    def __init__(self, dialler: Dialler, rank: int, counters: Counters) -> None:
+        self._dialler = dialler
+        self._rank = rank
         self._counters = counters
-        self._launch = launch
-        self.tend: Callable[[], None] = mappings.drop_old
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self.tend: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._state = State.DOWN
@@ -111,9 +90,6 @@ class Link:
         self._asked: dict[int, Answer] = {}
         self._ids = itertools.count(1)
         self._ping = 0
-        self._dialled: socket.socket | None = None
-        self._next_launch = 0.0
-        self._launch_pause = FIRST_LAUNCH_SECONDS
         self._wake, self._bell = socket.socketpair()
         self._wake.setblocking(False)
         self._bell.setblocking(False)
@@ -225,14 +201,11 @@ class Link:
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
-            if self._dialled is not None:
-                # Ends the attempt that is under way; there may be no connection to end yet.
-                with suppress(OSError):
-                    self._dialled.shutdown(socket.SHUT_RDWR)
+        self._dialler.stop()
         self._ring()
         self._thread.join(timeout)
         if not self._thread.is_alive():
-            self._context.term()
+            self._dialler.close()
             self._wake.close()
             self._bell.close()
 
@@ -280,7 +253,7 @@ class Link:
             tickets = [number for number in numbers if number != wire.NO_TICKET]
             self._posts.append((connection.epoch, wire.Abort(0, 0, wire.pack_numbers(tickets, "Q"), -1)))
         elif isinstance(reply, wire.Note) and reply.tickets:
-            self._posts.append((connection.epoch, wire.Abort(0, 0, reply.tickets, self._hello.rank)))
+            self._posts.append((connection.epoch, wire.Abort(0, 0, reply.tickets, self._rank)))
         self._counters.add("client_late_replies")
 
     def _send_on(self) -> None:
@@ -403,29 +376,10 @@ class Link:
         return bool(ready - {rung})
 
     def _attach(self) -> bool:
-        """Try once to attach to the agent, or have one started."""
-        door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._dialled = door
-        try:
-            connection = attach(self._directory, self._hello, self._mappings, self._context, door)
-        except (FileNotFoundError, ConnectionRefusedError):
-            self._start_agent()
+        """Try once to attach to the agent."""
+        connection = self._dialler.attach()
+        if connection is None:
             return False
-        except wire.VersionMismatch as error:
-            log_once(
-                _log,
-                "version",
-                "the agent in %s speaks another protocol, everything is a miss: %s",
-                self._directory,
-                error,
-            )
-            return False
-        except (wire.WireError, KvTierError, OSError, ValueError) as error:
-            log_once(_log, "attach", "cannot attach to the agent in %s: %s", self._directory, error)
-            return False
-        finally:
-            with self._lock:
-                self._dialled = None
         with self._lock:
             if self._state is State.CLOSED:
                 connection.close()
@@ -434,17 +388,3 @@ class Link:
             self._counters.add("client_connects")
             self._set_state(State.UP)
         return True
-
-    def _start_agent(self) -> None:
-        now = time.monotonic()
-        if self._launch is None or now < self._next_launch:
-            return
-        if now > self._next_launch + LAST_LAUNCH_SECONDS:
-            self._launch_pause = FIRST_LAUNCH_SECONDS
-        try:
-            if self._launch():
-                self._next_launch = now + self._launch_pause
-                self._launch_pause = min(2 * self._launch_pause, LAST_LAUNCH_SECONDS)
-        except (KvTierError, OSError) as error:
-            self._next_launch = now + LAST_LAUNCH_SECONDS
-            log_once(_log, "launch", "no agent can be started, everything is a miss: %s", error)

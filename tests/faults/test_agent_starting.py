@@ -99,7 +99,7 @@ class TestStarting:
             return original(*arguments, **options)
 
         monkeypatch.setattr(launch_module.subprocess, "run", counted)
-        monkeypatch.setattr("kvtier.agent.link.FIRST_LAUNCH_SECONDS", 1000.0)
+        monkeypatch.setattr("kvtier.agent.dialler.FIRST_LAUNCH_SECONDS", 1000.0)
         nowhere = AgentConfig(mode="auto", directory=auto.directory, http="256.256.256.256:1")
         auto.config = auto.config.model_copy(update={"agent": nowhere})
         client = auto.connect(wait=0)

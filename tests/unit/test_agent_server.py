@@ -10,7 +10,7 @@ import urllib.request
 import msgspec
 import pytest
 
-from kvtier.agent import http, link, reservations, wire
+from kvtier.agent import dialler, http, reservations, wire
 from kvtier.agent.client import AgentClient, Deadlines
 from kvtier.agent.http import HealthServer
 from kvtier.codec import BlockCodec
@@ -121,8 +121,8 @@ class TestEngines:
             ranks[0].release(match.lease, 1)
             return connection
 
-        attach = link.attach
-        monkeypatch.setattr(link, "attach", slowly)
+        attach = dialler.attach
+        monkeypatch.setattr(dialler, "attach", slowly)
         ranks.append(place.connect(group="engine", rank=1, ranks=2, wait=0))
         eventually(lambda: ranks[0].connected)
         eventually(lambda: leader.stats().get("leases") == 0, "both have released it")
