@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
@@ -21,6 +21,11 @@ class BrokenPromise(KvTierError):
     let out, and ends the engine's loop. It takes a lease that ran out between lookup and load (a minute, and
     then the blocks gone from all tiers), a page outside the pool, or a store closed under a running engine.
     """
+
+
+def no_orders() -> tuple[Any, ...]:
+    """Return nothing, which is what `shielded` methods answer that give orders."""
+    return ()
 
 
 class _Counting(Protocol):

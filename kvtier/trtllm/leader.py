@@ -9,7 +9,7 @@ from typing import Any
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.connector.adapters import Adapters
-from kvtier.connector.guard import BrokenPromise, shielded
+from kvtier.connector.guard import BrokenPromise, no_orders, shielded
 from kvtier.connector.hash_cache import HashCache
 from kvtier.connector.passes import EVERY_PASS, Pages
 from kvtier.trtllm.fields import as_int, dig
@@ -26,10 +26,6 @@ _log = logging.getLogger(__name__)
 
 _Grown = tuple[int, RequestState, int]
 """A request's id, its state, and its whole blocks, of which some are new."""
-
-
-def _no_saves() -> tuple[Save, ...]:
-    return ()
 
 
 class KvTierConnectorLeader(KvCacheConnectorScheduler):
@@ -314,7 +310,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
             raise BrokenPromise("they lost their lease before the engine came for them, and are gone")
         return Promise(match.lease, promise.first, match.slots)
 
-    @shielded(_no_saves)
+    @shielded(no_orders)
     def _saves(self, grown: Sequence[_Grown], ready: Ready) -> tuple[Save, ...]:
         saves: list[Save] = []
         for request_id, ordered in self._offers.orders(

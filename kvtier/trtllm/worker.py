@@ -14,7 +14,7 @@ import torch
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.codec import slot_form
-from kvtier.connector.guard import BrokenPromise, shielded
+from kvtier.connector.guard import BrokenPromise, no_orders, shielded
 from kvtier.connector.passes import EVERY_PASS, Pages
 from kvtier.connector.slots import SlotAddresses
 from kvtier.connector.transfer import Blocks, Transfers
@@ -32,10 +32,6 @@ _log = logging.getLogger(__name__)
 
 BY_LAYER_BYTES = 64 << 20
 """Less is loaded as a whole: it takes a millisecond."""
-
-
-def _no_saves() -> tuple[Save, ...]:
-    return ()
 
 
 class KvTierConnectorWorker(KvCacheConnectorWorker):
@@ -333,7 +329,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         else:
             end()
 
-    @shielded(_no_saves)
+    @shielded(no_orders)
     def _take_tail(self, request_id: int) -> tuple[Save, ...]:
         return self._runtime.take_tail(request_id, self._rank)
 

@@ -14,7 +14,7 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.config import load_config
 from kvtier.connector.adapters import Adapters
-from kvtier.connector.guard import shielded
+from kvtier.connector.guard import no_orders, shielded
 from kvtier.connector.hash_cache import HashCache
 from kvtier.store.base import Match, StoreClient
 from kvtier.store.gate import ComputePace
@@ -32,10 +32,6 @@ _NAP_SECONDS = 0.005
 
 def _nothing() -> tuple[int | None, bool]:
     return 0, False
-
-
-def _no_saves() -> tuple[Save, ...]:
-    return ()
 
 
 class SchedulerHalf:
@@ -257,7 +253,7 @@ class SchedulerHalf:
         self._counters.add("lost_promises")
         return Load(0, 0.0, (), pages)
 
-    @shielded(_no_saves)
+    @shielded(no_orders)
     def _saves(self, scheduler_output: Any, store: StoreClient | None) -> tuple[Save, ...]:
         if scheduler_output.total_num_scheduled_tokens:
             tokens = int(scheduler_output.total_num_scheduled_tokens)
