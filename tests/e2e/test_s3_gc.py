@@ -9,13 +9,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 from kvtier._counters import Counters
-from kvtier.tiers import StoredBlock
-from kvtier.tiers.s3 import S3Tier, gc
+from kvtier.tiers.s3 import gc
 from kvtier.tiers.s3.gc import Collector
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.lease import Lease, NoLease
@@ -23,6 +22,7 @@ from kvtier.tiers.s3.lifecycle import choose
 from kvtier.tiers.s3.open_bucket import open_bucket
 from kvtier.tiers.s3.pack import pack_name
 from tests.faults.s3_proxy import FaultyProxy
+from tests.gc_support import collector, grow, hasty, time_between
 from tests.s3_support import (
     NAMESPACE,
     WINDOW,
@@ -35,29 +35,7 @@ from tests.s3_support import (
     read_all,
 )
 
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let seconds be enough where the collector waits for minutes."""
-    monkeypatch.setattr("kvtier.tiers.s3.survey.SETTLED_SECONDS", 1.0)
-    monkeypatch.setattr("kvtier.tiers.s3.merge.SETTLED_SECONDS", 1.0)
-    monkeypatch.setattr("kvtier.tiers.s3.survey.LOST_SECONDS", 4.0)
-
-
-def collector(place: S3Place, **settings: object) -> Collector:
-    options = {
-        "windows": {NAMESPACE.hex: WINDOW},
-        "verify": lambda payload, block_hash, namespace: None,
-        **settings,
-    }
-    return Collector(open_bucket(place.config(), Counters()), place.prefix, **options)  # type: ignore[arg-type]
-
-
-def grow(tier: S3Tier, blocks: Sequence[StoredBlock], *ends: int) -> None:
-    """Write a chain as a conversation does: each turn's end is a short pack."""
-    for start, end in zip((0, *ends), (*ends, len(blocks)), strict=True):
-        tier.write(blocks[start:end])
-        assert tier.flush(60)
+__all__ = ["hasty"]
 
 
 @pytest.mark.usefixtures("hasty")
@@ -179,11 +157,7 @@ def test_killed_in_the_middle_of_it(s3_bucket: S3Place, seed: int, monkeypatch: 
     writer = s3_bucket.tier()
     for blocks in stale:
         grow(writer, blocks, WINDOW)
-    time.sleep(2.1)
-    clock = open_bucket(s3_bucket.config(), Counters())
-    assert list(clock.list(f"{s3_bucket.prefix}/"))
-    cutoff = clock.server_time()
-    time.sleep(2.1)
+    cutoff = time_between(s3_bucket)
     for blocks in kept:
         grow(writer, blocks, WINDOW, WINDOW + 5, WINDOW + 20, 2 * WINDOW)
     config = s3_bucket.config().model_dump(mode="json")
@@ -310,12 +284,8 @@ def test_what_collecting_and_heat_cost_and_lookups_do_not(
     for some in (old, blocks):
         writer.write(some)
         assert writer.flush(60)
-    time.sleep(2.1)
-    clock = open_bucket(s3_bucket.config(), Counters())
-    assert list(clock.list(f"{s3_bucket.prefix}/"))
-    cutoff = clock.server_time()
+    cutoff = time_between(s3_bucket)
     monkeypatch.setattr(gc, "choose", lambda packs, now, ttl, quota: choose(packs, cutoff, 0.0, quota))
-    time.sleep(2.1)
     with FaultyProxy(s3_bucket.server.endpoint) as proxy:
         proxy.choose = count
         config = s3_bucket.config(endpoint=proxy.endpoint, index_refresh=3600)

@@ -6,21 +6,17 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Sequence
 
 import pytest
 
 from kvtier._counters import Counters
 from kvtier.errors import KvTierError
-from kvtier.tiers import StoredBlock
 from kvtier.tiers.s3 import S3Tier, gc
-from kvtier.tiers.s3.bucket import Bucket
-from kvtier.tiers.s3.gc import Collector
 from kvtier.tiers.s3.lease import Lease, LeaseLost, NoLease
 from kvtier.tiers.s3.lifecycle import choose
 from kvtier.tiers.s3.open_bucket import open_bucket
+from tests.gc_support import collector, grow, hasty, time_between
 from tests.s3_support import (
-    NAMESPACE,
     WINDOW,
     S3Place,
     assert_nothing_wrong,
@@ -34,41 +30,9 @@ from tests.s3_support import (
 MINUTE = 60 * 10**9
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let seconds be enough where the collector waits for minutes, and look far back more often."""
-    monkeypatch.setattr("kvtier.tiers.s3.survey.SETTLED_SECONDS", 1.0)
-    monkeypatch.setattr("kvtier.tiers.s3.merge.SETTLED_SECONDS", 1.0)
-    monkeypatch.setattr("kvtier.tiers.s3.survey.LOST_SECONDS", 4.0)
-    monkeypatch.setattr("kvtier.tiers.s3.catalog._WIDE_POLL_SECONDS", 0.1)
+__all__ = ["hasty"]
 
-
-def collector(place: S3Place, bucket: Bucket | None = None, **settings: object) -> Collector:
-    options = {
-        "windows": {NAMESPACE.hex: WINDOW},
-        "verify": lambda payload, block_hash, namespace: None,
-        "grace": 1.0,
-        **settings,
-    }
-    return Collector(
-        bucket or open_bucket(place.config(), Counters()),
-        place.prefix,
-        **options,  # type: ignore[arg-type]
-    )
-
-
-def grow(tier: S3Tier, blocks: Sequence[StoredBlock], *ends: int) -> None:
-    """Write a chain as a conversation does: each turn's end is a short pack."""
-    for start, end in zip((0, *ends), (*ends, len(blocks)), strict=True):
-        tier.write(blocks[start:end])
-        assert tier.flush(60)
-
-
-def cutoff_of(place: S3Place) -> float:
-    """Return the server's time; what is written from two seconds later on is younger in any listing."""
-    clock = open_bucket(place.config(), Counters())
-    assert list(clock.list(f"{place.prefix}/"))
-    return clock.server_time()
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def test_the_server_dies_while_garbage_is_collected(
@@ -83,9 +47,7 @@ def test_the_server_dies_while_garbage_is_collected(
     writer = s3_bucket.tier()
     for blocks in stale:
         grow(writer, blocks, WINDOW)
-    time.sleep(2.1)
-    cutoff = cutoff_of(s3_bucket)
-    time.sleep(2.1)
+    cutoff = time_between(s3_bucket)
     monkeypatch.setattr(gc, "choose", lambda packs, now, ttl, quota: choose(packs, cutoff, 0.0, quota))
     for blocks in kept:
         grow(writer, blocks, WINDOW, WINDOW + 5, WINDOW + 20, 2 * WINDOW)
@@ -108,7 +70,7 @@ def test_the_server_dies_while_garbage_is_collected(
     def collect() -> None:
         try:
             while not stop.is_set():
-                collecting = collector(s3_bucket, Counted())  # type: ignore[arg-type]
+                collecting = collector(s3_bucket, Counted(), grace=1.0)  # type: ignore[arg-type]
                 with contextlib.suppress(KvTierError):
                     collecting.carry_out(collecting.plan(), NoLease())
         except BaseException as error:
@@ -131,7 +93,7 @@ def test_the_server_dies_while_garbage_is_collected(
 
     def clean() -> bool:
         with contextlib.suppress(KvTierError):
-            collecting = collector(s3_bucket)
+            collecting = collector(s3_bucket, grace=1.0)
             collecting.carry_out(collecting.plan(), NoLease())
         return len(s3_bucket.keys("packs")) == 3 * len(kept)
 
