@@ -34,6 +34,8 @@ from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, runtime
 SIZE = 4
 """Tokens in a block."""
 
+PROMPT = list(range(100, 100 + 5 * SIZE))
+
 LAYERS, ROW = 2, SIZE * 16
 DATA = {"1.1": RequestData11, "1.2": RequestData12, "1.3": RequestData13, "main": RequestDataMain}
 

@@ -1,7 +1,7 @@
 """The contract's rules for connectors, one by one, on a leader and a worker driven by hand.
 
-Rules 3 and 16, of promises, are in test_trtllm_promises.py, 13 and 14, of what is shared with whom, in
-test_trtllm_sharing.py, and 15 in test_trtllm_meta.py.
+Rules 3 and 16, of promises, are in test_promises.py, 13 and 14, of what is shared with whom, in
+test_sharing.py, and 15 in test_metadata.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,7 @@ import torch
 from kvtier import _logging
 from kvtier.engine.versions import SchedulerOutput
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, table
-from tests.trtllm_support import SIZE, FakeRequest, llm_args, make_rig, memory_stores, write_config
-
-PROMPT = list(range(100, 100 + 5 * SIZE))
-
-
-@pytest.fixture(autouse=True)
-def config(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
-
-
-@pytest.fixture
-def rig(monkeypatch):
-    with memory_stores(monkeypatch, slots=64):
-        yield make_rig()
+from tests.trtllm_support import PROMPT, SIZE, FakeRequest, llm_args, memory_stores
 
 
 def test_saved_blocks_are_promised_and_loaded_with_their_bytes(rig):

@@ -7,20 +7,7 @@ import torch
 
 from kvtier import _logging
 from kvtier.trtllm import KvTierConnectorLeader
-from tests.trtllm_support import SIZE, FakeRequest, llm_args, make_rig, memory_stores, write_config
-
-PROMPT = list(range(100, 100 + 5 * SIZE))
-
-
-@pytest.fixture(autouse=True)
-def config(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
-
-
-@pytest.fixture
-def rig(monkeypatch):
-    with memory_stores(monkeypatch, slots=64):
-        yield make_rig()
+from tests.trtllm_support import PROMPT, SIZE, FakeRequest, llm_args
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,15 @@ import pytest
 from kvtier.engine.versions import SchedulerOutput
 from kvtier.trtllm import BrokenPromise
 from kvtier.trtllm.meta import ConnectorMeta, Save
-from tests.trtllm_support import SIZE, FakeRequest, make_rig, memory_stores, write_config
-
-PROMPT = list(range(100, 100 + 5 * SIZE))
+from tests.trtllm_support import PROMPT, SIZE, FakeRequest, Rig, make_rig, memory_stores
 
 
-@pytest.fixture(autouse=True)
-def config(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
-
-
-@pytest.fixture
-def rig(monkeypatch):
-    with memory_stores(monkeypatch, slots=64):
-        yield make_rig()
+def promised(rig: Rig) -> FakeRequest:
+    """Return a request for the prompt that request 1 has saved, promised to it and with pages of its own."""
+    request = FakeRequest(2, [*PROMPT, 7])
+    assert rig.leader.get_num_new_matched_tokens(request, 0) == (5 * SIZE, False)
+    rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+    return request
 
 
 def test_rule_3_what_is_still_being_saved_is_not_promised(rig):
@@ -110,9 +105,7 @@ def test_rule_16_a_second_question_takes_the_first_answer_back(rig):
 @pytest.mark.parametrize("late", ["subtracted", "counted"])
 def test_rule_16_a_promise_is_kept_in_a_later_iteration_than_asked(rig, late):
     rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
-    request = FakeRequest(2, [*PROMPT, 7])
-    rig.leader.get_num_new_matched_tokens(request, 0)
-    rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+    request = promised(rig)
     rig.iterate()
     computed = 0 if late == "subtracted" else 5 * SIZE
     rig.iterate(new=[rig.data(request, request.tokens, range(6, 12), computed, 1)])
@@ -168,9 +161,7 @@ def test_a_promise_whose_lease_ran_out_is_renewed_from_what_is_still_there(monke
     with memory_stores(monkeypatch, slots=64, clock=lambda: now[0]):
         rig = make_rig()
         rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
-        request = FakeRequest(2, [*PROMPT, 7])
-        rig.leader.get_num_new_matched_tokens(request, 0)
-        rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+        request = promised(rig)
         now[0] = 1000.0
         rig.iterate(new=[rig.data(request, request.tokens, range(6, 12), 0, 1)])
         assert all(rig.holds(6 + b, (None, PROMPT[: (b + 1) * SIZE])) for b in range(5))
@@ -181,9 +172,7 @@ def test_a_promise_that_cannot_be_kept_stops_the_engine(monkeypatch):
     with memory_stores(monkeypatch, slots=5, clock=lambda: now[0]):
         rig = make_rig()
         rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
-        request = FakeRequest(2, [*PROMPT, 7])
-        rig.leader.get_num_new_matched_tokens(request, 0)
-        rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+        request = promised(rig)
         now[0] = 1000.0
         rig.prefill(FakeRequest(3, [t + 5000 for t in PROMPT]), range(12, 17))
         with pytest.raises(BrokenPromise, match="lost their lease"):
@@ -227,9 +216,7 @@ def test_a_promise_without_a_page_stops_the_engine(rig):
 
 def test_a_promise_whose_store_is_closed_stops_the_engine(rig):
     rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6))
-    request = FakeRequest(2, [*PROMPT, 7])
-    rig.leader.get_num_new_matched_tokens(request, 0)
-    rig.leader.update_state_after_alloc(request, list(range(6, 12)))
+    request = promised(rig)
     rig.leader.close()
     with pytest.raises(BrokenPromise, match="closed"):
         rig.begin(new=[rig.data(request, request.tokens, range(6, 12), 0, 1)])

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import pickle
 
-import pytest
 import torch
 
 from kvtier.engine.versions import SchedulerOutput
 from kvtier.trtllm.meta import ConnectorMeta, Save
-from tests.trtllm_support import SIZE, FakeRequest, make_rig, memory_stores, write_config
-
-PROMPT = list(range(100, 100 + 5 * SIZE))
-
-
-@pytest.fixture(autouse=True)
-def config(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
-
-
-@pytest.fixture
-def rig(monkeypatch):
-    with memory_stores(monkeypatch, slots=64):
-        yield make_rig()
+from tests.trtllm_support import PROMPT, SIZE, FakeRequest
 
 
 def test_a_pass_in_which_a_batch_of_64_saves_a_block_each_takes_less_than_2_kib_with_the_agents_tickets():
