@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -27,6 +28,20 @@ _PATIENCE_SECONDS = 120.0
 """How long the bucket's index may take to load."""
 
 Encode = Callable[[Any], Sequence[int]]
+
+
+class Prompt(NamedTuple):
+    """A prompt whose blocks are wanted.
+
+    Attributes:
+        tokens: Its token ids.
+        salt: The cache salt of its requests.
+        lora: Where the LoRA adapter lies that they use.
+    """
+
+    tokens: Sequence[int]
+    salt: str | None
+    lora: str | None
 
 
 def warm(
@@ -79,12 +94,12 @@ def warm(
         raise typer.Exit(1)
 
 
-def read_prompts(file: Path, encode: Encode) -> Iterator[tuple[Sequence[int], str | None]]:
-    """Give the tokens and the cache salt of each prompt of a file.
+def read_prompts(file: Path, encode: Encode) -> Iterator[Prompt]:
+    """Give the prompts of a file.
 
     Args:
         file: JSON lines. Each is a text, or an object with one of `prompt` (a text), `messages` (a chat, for
-            the tokenizer's template) and `tokens` (ids), and perhaps `cache_salt`.
+            the tokenizer's template) and `tokens` (ids), and perhaps `cache_salt` and `lora` (a path).
         encode: Makes tokens of a text or of messages.
 
     Raises:
@@ -105,16 +120,16 @@ def read_prompts(file: Path, encode: Encode) -> Iterator[tuple[Sequence[int], st
         asked = [
             key for key in ("prompt", "messages", "tokens") if isinstance(entry, Mapping) and key in entry
         ]
-        salt = entry.get("cache_salt") if isinstance(entry, Mapping) else None
-        if len(asked) != 1 or not isinstance(salt, str | None):
+        named = [entry.get(key) if isinstance(entry, Mapping) else None for key in ("cache_salt", "lora")]
+        if len(asked) != 1 or not all(isinstance(name, str | None) for name in named):
             raise ConfigError(
-                f"{file}:{number}: needs one of prompt, messages and tokens, perhaps cache_salt"
+                f"{file}:{number}: needs one of prompt, messages and tokens, perhaps cache_salt and lora"
             )
         value = entry[asked[0]]
         if asked[0] != "tokens":
-            yield encode(value), salt
+            yield Prompt(encode(value), *named)
         elif isinstance(value, list) and all(type(token) is int and 0 <= token < 2**31 for token in value):
-            yield value, salt
+            yield Prompt(value, *named)
         else:
             raise ConfigError(f"{file}:{number}: tokens must be a list of token ids")
 
@@ -178,9 +193,17 @@ def _tiers(settings: Config, namespace: Namespace, layout: BlockLayout) -> Itera
 def _prefixes(
     bucket: S3Tier, file: Path, tokenizer: Path | None, namespace: Namespace, layout: BlockLayout
 ) -> Iterator[Wanted]:
-    for tokens, salt in read_prompts(file, _encoder(tokenizer)):
-        root = chain_root(namespace.id, salt)
-        wanted = bucket.prefix(hash_blocks(root, tokens, layout.tokens_per_block), root)
+    from kvtier.connector.weights import adapter_digest
+
+    # Engines name adapters by the content of their files.
+    name_of = functools.cache(adapter_digest)
+    for prompt in read_prompts(file, _encoder(tokenizer)):
+        try:
+            lora = None if prompt.lora is None else name_of(prompt.lora)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: the LoRA adapter {prompt.lora} cannot be read: {error}") from error
+        root = chain_root(namespace.id, prompt.salt, lora)
+        wanted = bucket.prefix(hash_blocks(root, prompt.tokens, layout.tokens_per_block), root)
         if wanted is not None:
             yield wanted
 

@@ -17,6 +17,7 @@ from kvtier.cli import app
 from kvtier.cli.warm import read_prompts
 from kvtier.codec import BlockCodec
 from kvtier.config import load_config
+from kvtier.connector.weights import adapter_digest
 from kvtier.errors import ConfigError
 from kvtier.hashing import Namespace, chain_root, hash_blocks
 from kvtier.layout import BlockLayout
@@ -37,8 +38,8 @@ def prompt(count: int, seed: int) -> list[int]:
     return [(seed * 1009 + place) % 30_000 for place in range(count * LAYOUT.tokens_per_block)]
 
 
-def encoded(count: int, seed: int, salt: str | None = None) -> list[StoredBlock]:
-    parent, blocks = chain_root(SPACE.id, salt), []
+def encoded(count: int, seed: int, salt: str | None = None, lora: str | None = None) -> list[StoredBlock]:
+    parent, blocks = chain_root(SPACE.id, salt, lora), []
     for name in hash_blocks(parent, prompt(count, seed), LAYOUT.tokens_per_block):
         payload = bytes(CODEC.encode(name, name * (LAYOUT.block_bytes // len(name))))
         blocks.append(StoredBlock(name, parent, len(blocks), payload))
@@ -151,11 +152,16 @@ def test_warm_with_prompts(tier: S3Tier, file: Path, tmp_path: Path) -> None:
     folder.mkdir()
     built.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     plain, salted, other = encoded(9, 1), encoded(6, 1, "s"), encoded(9, 3)
-    store(tier, plain, salted, other)
+    adapted = encoded(5, 1, lora=adapter_digest(str(adapter)))
+    store(tier, plain, salted, other, adapted)
     lines = [
         " ".join(f"w{token}" for token in prompt(7, 1)),
         {"tokens": prompt(9, 1), "cache_salt": "s"},
+        {"tokens": prompt(9, 1), "lora": str(adapter)},
         {"tokens": [1, 2, 3]},
     ]
     file_of_prompts = tmp_path / "prompts.jsonl"
@@ -166,13 +172,27 @@ def test_warm_with_prompts(tier: S3Tier, file: Path, tmp_path: Path) -> None:
     with closing(disk(file)) as opened:
         assert opened.match(hashes_of(plain)) == 7
         assert opened.match(hashes_of(salted)) == 6
+        assert opened.match(hashes_of(adapted)) == 5
         assert opened.match(hashes_of(other)) == 0
     result = CliRunner().invoke(app, ["warm", *options])
     assert "--tokenizer" in str(result.exception)
+    file_of_prompts.write_text(json.dumps({"tokens": prompt(9, 1), "lora": str(tmp_path / "nowhere")}))
+    result = CliRunner().invoke(app, ["warm", *options])
+    assert "nowhere cannot be read" in str(result.exception)
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "3", "[1]", "{}", '{"prompt": "a", "tokens": [1]}', '{"tokens": ["a"]}', '{"tokens": [-1]}']
+    "line",
+    [
+        "{",
+        "3",
+        "[1]",
+        "{}",
+        '{"tokens": [1], "lora": 1}',
+        '{"prompt": "a", "tokens": [1]}',
+        '{"tokens": ["a"]}',
+        '{"tokens": [-1]}',
+    ],
 )
 def test_prompts_that_are_none(tmp_path: Path, line: str) -> None:
     file = tmp_path / "p.jsonl"
