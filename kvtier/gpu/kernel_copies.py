@@ -10,7 +10,7 @@ import torch
 
 from kvtier.gpu.copies import Addresses, Copy
 
-_SPAN = 1024
+_SPAN = 512
 _WARPS = 4
 _ALIGNMENT = 16
 _LIBRARY = "libcuda.so.1"

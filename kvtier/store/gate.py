@@ -10,6 +10,8 @@ _READS = 5
 _DRIFT = 1.05
 # Passes over fewer tokens are bound by other things than the tokens they compute.
 _PREFILL_TOKENS = 256
+# 0 would mean that the cost is not known.
+_NEXT_TO_NOTHING = 1e-9
 
 
 class Pace:
@@ -58,22 +60,41 @@ class ComputePace:
     """How fast an engine computes prompts, seen from its passes: what loading has to beat.
 
     Passes follow each other at once while there is work, so the time from one to the next, divided by the
-    tokens of the first, is what a token costs. Gaps without work make it look slower than it is; the lowest
-    value counts, and drifts up slowly when it is not seen again.
+    tokens of the first, is what a token costs. Passes over few tokens tell what any pass takes. Gaps without
+    work make both look slower than they are; the lowest value counts, and drifts up slowly when it is not
+    seen again.
     """
 
     def __init__(self) -> None:
         self._cost: float | None = None
+        self._least: float | None = None
         self._begun = 0.0
         self._tokens = 0
 
     def begins(self, tokens: int, now: float) -> None:
         """Note that a pass over `tokens` tokens begins, at `now` seconds on a monotonic clock."""
+        took = now - self._begun
         if self._tokens >= _PREFILL_TOKENS:
-            seen = (now - self._begun) / self._tokens
-            self._cost = seen if self._cost is None else min(seen, self._cost * _DRIFT)
+            self._cost = _lower(took / self._tokens, self._cost)
+        elif self._tokens:
+            self._least = _lower(took, self._least)
         self._begun, self._tokens = now, tokens
 
-    def block_cost(self, tokens_per_block: int) -> float | None:
-        """Return how many seconds a block takes, None before any prompt was computed."""
-        return None if self._cost is None else self._cost * tokens_per_block
+    def block_cost(self, tokens_per_block: int, alone: int = 0) -> float | None:
+        """Return how many seconds a block takes, None before any prompt was computed.
+
+        Args:
+            tokens_per_block: Tokens in a block.
+            alone: The blocks of a prompt beside which the engine does nothing: without them there is a pass
+                all the same, so they cost only what they take beyond that. 0: others keep it busy anyway.
+        """
+        if self._cost is None:
+            return None
+        cost = self._cost * tokens_per_block
+        if alone and self._least is not None:
+            cost = max(cost - self._least / alone, _NEXT_TO_NOTHING)
+        return cost
+
+
+def _lower(seen: float, known: float | None) -> float:
+    return seen if known is None else min(seen, known * _DRIFT)

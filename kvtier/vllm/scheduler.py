@@ -220,7 +220,8 @@ class SchedulerHalf:
             patience = max(0.0, state.deadline - now)
             # An engine with nothing else to do would only go round and round.
             wait = min(_NAP_SECONDS, patience) if self._idle else 0.0
-        match = store.match(hashes, wait, self._pace.block_cost(self._size), patience)
+        alone = len(hashes) if len(self._requests) == 1 else 0
+        match = store.match(hashes, wait, self._pace.block_cost(self._size, alone), patience)
         if match.ask_again:
             if state.deadline is None:
                 state.deadline, state.expected = now + match.ask_again, match.sources

@@ -96,3 +96,14 @@ def test_an_engine_that_has_become_slower_is_seen_after_some_passes() -> None:
     for step in range(50):
         pace.begins(1000, step * (0.1 if step < 10 else 0.2))
     assert pace.block_cost(1) == pytest.approx(0.0002)
+
+
+def test_a_prompt_alone_costs_what_it_takes_beyond_a_pass_over_nothing():
+    pace = ComputePace()
+    for tokens, begins, ends in ((1000, 0.0, 0.1), (8, 0.2, 0.23), (1, 0.3, 0.32)):
+        pace.begins(tokens, begins)
+        pace.begins(0, ends)
+    assert pace.block_cost(10) == pytest.approx(0.001)
+    assert pace.block_cost(10, alone=100) == pytest.approx(0.0008)
+    assert 100 * pace.block_cost(10, alone=100) == pytest.approx(0.1 - 0.02)
+    assert 0 < pace.block_cost(10, alone=20) < 1e-6
