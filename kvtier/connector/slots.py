@@ -38,7 +38,7 @@ class SlotAddresses:
             addresses = [known[slot] for slot in slots]
         except KeyError:
             addresses = [known.get(slot) or self._look_up(store, shard, slot) for slot in slots]
-        return np.array(addresses, dtype=np.uint64)
+        return np.fromiter(addresses, np.uint64, len(addresses))
 
     def clear(self) -> None:
         """Forget everything."""

@@ -147,18 +147,22 @@ class PageMap:
 
     def _few(self, slots: NDArray[np.uint64], pages: Sequence[Sequence[int]], whole: bool) -> Ranges:
         """Do what `ranges` does, one range after the other and without joining them."""
-        found: list[tuple[int, int, int]] = []
+        pool: list[int] = []
+        host: list[int] = []
+        sizes: list[int] = []
         for slot, ids in zip(slots.tolist(), pages, strict=True):
             if len(ids) != self._groups:
                 raise ValueError(f"{len(ids)} pages for {self._groups} groups")
             for region, start in self._kept:
                 page = ids[region.group]
                 if 0 <= page < region.pages:
-                    found.append((region.base + region.stride * page, slot + start, region.size))
+                    pool.append(region.base + region.stride * page)
+                    host.append(slot + start)
+                    sizes.append(region.size)
                 elif whole or not self.sparse or page != NO_PAGE:
                     raise IndexError(f"page {page} is wanted, its pool has {region.pages}")
-        pool, host, sizes = np.array(found, dtype=np.uint64).reshape(len(found), 3).T.copy()
-        return Ranges(pool, host, sizes)
+        # Of all ways from a short list to an array this is by far the fastest.
+        return Ranges(*(np.fromiter(numbers, np.uint64, len(sizes)) for numbers in (pool, host, sizes)))
 
     def _chosen(
         self, pages: Sequence[Sequence[int]], whole: bool

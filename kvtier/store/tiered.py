@@ -49,13 +49,17 @@ class _Reservation:
     """A block that is being filled.
 
     Attributes:
-        block: The block.
+        hash: The block's hash.
+        parent: The hash before it.
+        position: Its place in the chain.
         owner: For `drop_owner`.
         writing: A bit for each shard that has not said how its copy ended.
         failed: Whether one of them gave up.
     """
 
-    block: CommittedBlock
+    hash: bytes
+    parent: bytes
+    position: int
     owner: int
     writing: int
     failed: bool = False
@@ -251,8 +255,7 @@ class TieredStore:
                 own = tickets[start : start + len(hashes)]
                 for place, (block, ticket) in enumerate(zip(hashes, own, strict=True), position):
                     if ticket is not None:
-                        entry = CommittedBlock(block, before, place, ticket_slot(ticket))
-                        self._filling[ticket] = _Reservation(entry, owner, all_shards)
+                        self._filling[ticket] = _Reservation(block, before, place, owner, all_shards)
                     elif self.memory.state(block) == "absent":
                         without_room += 1
                     before = block
@@ -278,7 +281,7 @@ class TieredStore:
     def _settle(self, tickets: Sequence[int], shard: int, *, written: bool) -> None:
         """Note how one shard's copies ended. The last shard publishes a block, or frees its slot."""
         whole: list[int] = []
-        blocks: list[CommittedBlock] = []
+        entries: list[_Reservation] = []
         given_up: list[int] = []
         bit = 1 << shard
         with self._lock:
@@ -295,12 +298,12 @@ class TieredStore:
                     given_up.append(ticket)
                 else:
                     whole.append(ticket)
-                    blocks.append(entry.block)
+                    entries.append(entry)
         if not self._raw:
-            unfit = [place for place, block in enumerate(blocks) if not self._fits(block.slot)]
+            unfit = [place for place, ticket in enumerate(whole) if not self._fits(ticket_slot(ticket))]
             for place in reversed(unfit):
                 given_up.append(whole.pop(place))
-                del blocks[place]
+                del entries[place]
             if unfit:
                 self._counters.add("unfit_blocks", len(unfit))
         if given_up:
@@ -311,7 +314,11 @@ class TieredStore:
         published = self.memory.publish(whole, pin=bool(self._tiers))
         self._counters.add("saved_blocks", sum(published))
         if self._tiers:
-            self._writer.offer(list(compress(blocks, published)))
+            blocks = [
+                CommittedBlock(entry.hash, entry.parent, entry.position, ticket_slot(ticket))
+                for ticket, entry in compress(zip(whole, entries, strict=True), published)
+            ]
+            self._writer.offer(blocks)
 
     def _fits(self, slot: int) -> bool:
         """Say whether the shards in a slot say that the form of the slots could hold them."""
