@@ -16,7 +16,7 @@ from kvtier.tiers.s3.pack import read_footer, write_pack
 from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import write_segments
 from kvtier.tiers.s3.survey import LOST_SECONDS, SETTLED_SECONDS
-from kvtier.tiers.s3.tombstone import read_tombstone
+from kvtier.tiers.s3.tombstone import read_tombstone, write_tombstone
 from tests.gc_support import HOUR, KEYS, Yard
 from tests.s3_support import NAMESPACE, WINDOW, chain, hashes_of
 
@@ -165,6 +165,38 @@ def test_the_grace_time_is_the_servers_whatever_the_names_say() -> None:
     yard.bucket.modified[skewed] = yard.now
     yard.collect(ttl=2 * HOUR)
     assert yard.there(old)
+
+
+def test_objects_go_children_first_wherever_it_ends() -> None:
+    """Also those that were condemned in another order, and by another run."""
+    yard = Yard()
+    packs = yard.store_chain(chain(3 * WINDOW), WINDOW, 2 * WINDOW)
+    yard.now += 3 * HOUR
+    for pack in packs:
+        yard.bucket.put(
+            KEYS.new_tombstone(int(yard.now * 1e9)),
+            write_tombstone([pack.name], int(yard.now * 1e9), NAMESPACE.id),
+        )
+        yard.now += 10
+    yard.now += GRACE_SECONDS
+    assert [pack.position for pack in yard.plan().doomed] == [2 * WINDOW, WINDOW, 0]
+
+
+def test_what_is_said_of_a_pack_sorts_after_what_was_said_before_whatever_the_clocks() -> None:
+    """A node whose clock is an hour ahead has listed it: what is said now must come after that."""
+    yard = Yard()
+    old = yard.store(chain(WINDOW), publish=False)
+    yard.now += HOUR
+    yard.publish(old)
+    yard.bucket.modified[yard.bucket.keys("index/")[0]] = yard.now - HOUR
+    yard.now -= HOUR - 5
+    assert yard.collect(ttl=1.0).condemned == 1
+    assert yard.listed() == set()
+    # And when it is listed again, that comes after the tombstone.
+    yard.now += 5
+    yard.use(chain(WINDOW)[3].hash)
+    assert yard.collect(ttl=HOUR).revived == 1
+    assert yard.listed() == {old.name}
 
 
 def test_short_packs_become_a_whole_one_and_go() -> None:
