@@ -12,7 +12,7 @@ import pytest
 
 from kvtier._counters import Counters
 from kvtier.config import S3Config
-from kvtier.tiers.s3.bucket import Bucket
+from kvtier.tiers.s3.bucket import BadReply, Bucket
 from kvtier.tiers.s3.express import Sessions, express_host
 from kvtier.tiers.s3.open_bucket import open_bucket
 from tests.http_support import DATA, Serve, read, reply, serve, serving
@@ -178,6 +178,23 @@ def test_a_session_that_has_expired_is_replaced(serve: Serve) -> None:
     for _ in range(3):
         assert read(bucket) == DATA[100:50_100]
     assert express.sessions == 5
+    bucket.close()
+
+
+@pytest.mark.parametrize("lacking", ["SessionToken", "AccessKeyId", "Expiration", "Credentials"])
+def test_a_session_that_lacks_something_is_a_bad_reply(serve: Serve, lacking: str) -> None:
+    express = FakeExpress()
+
+    def answer(head: str) -> bytes:
+        assert "session" in head.split(" ")[1]
+        body = express.session().partition(b"\r\n\r\n")[2]
+        return reply(200, body.replace(lacking.encode(), b"Other"))
+
+    bucket = bucket_of(serve(answer).endpoint, **EXPRESS)
+    with pytest.raises(BadReply):
+        read(bucket)
+    with pytest.raises(BadReply):
+        list(bucket.list("a/"))
     bucket.close()
 
 

@@ -142,8 +142,14 @@ class BotoBucket:
         Raises:
             TierError: The bucket does not answer or refuses.
         """
-        reply = self._ask("CreateSession", lambda client: client.create_session(Bucket=self._config.bucket))
-        return reply["Credentials"]
+        reply: Any = self._ask(
+            "CreateSession", lambda client: client.create_session(Bucket=self._config.bucket)
+        )
+        made = reply.get("Credentials", {})
+        missing = {"AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"} - made.keys()
+        if missing:
+            raise BadReply(f"CreateSession: a session without {', '.join(sorted(missing))}")
+        return made  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """See `Bucket.close`."""
