@@ -136,3 +136,14 @@ def test_rule_14_that_nothing_is_ever_loaded_without_block_reuse_is_said(rig, ca
     monkeypatch.setattr(_logging, "_last", {})
     KvTierConnectorLeader(llm_args(kv_cache_config__enable_block_reuse=False))
     assert "enable_block_reuse" in caplog.text
+
+
+def test_rule_13_a_request_that_is_asked_about_again_is_who_it_is_now(rig):
+    """A cancelled request is never announced: whoever comes under its id may be somebody else."""
+    rig.prefill(FakeRequest(1, [*PROMPT, 7], cache_salt="tenant"), range(6))
+    promised = [
+        rig.leader.get_num_new_matched_tokens(FakeRequest(2, [*PROMPT, 7], cache_salt=salt), 0)[0]
+        for salt in ("tenant", "other", "tenant", None)
+    ]
+    assert promised == [5 * SIZE, 0, 5 * SIZE, 0]
+    assert rig.leftovers()["leases"] == 0
