@@ -16,6 +16,7 @@ from kvtier.tiers.s3.bucket import BadReply, Bucket
 from kvtier.tiers.s3.express import Sessions, express_host
 from kvtier.tiers.s3.open_bucket import open_bucket
 from tests.http_support import DATA, Serve, read, reply, serve, serving
+from tests.sigv4 import assert_signed
 
 __all__ = ["serve"]
 
@@ -93,7 +94,9 @@ def test_writes_say_how_they_are_kept(
 class FakeExpress:
     """Answers as a directory bucket does: session credentials, no order, no StartAfter, whole folders only.
 
-    Whether AWS itself takes the requests cannot be tried here.
+    Signatures are checked by the published algorithm. Whether AWS itself takes the requests cannot be tried
+    here; what they must look like is in https://docs.aws.amazon.com/AmazonS3/latest/API/API_CreateSession.html
+    (the session's keys sign, its token in x-amz-s3session-token) and API_ListObjectsV2.html.
     """
 
     def __init__(self) -> None:
@@ -104,28 +107,29 @@ class FakeExpress:
 
     def __call__(self, head: str) -> bytes:
         headers = headers_of(head)
-        assert "/us-east-1/s3express/aws4_request" in headers["authorization"], head
         target = head.split(" ")[1]
         if "session" in target and "list-type" not in target:
+            # With the credentials of the user: "key" is both halves of them here.
+            assert assert_signed(head, "key", "us-east-1", "s3express") == "key"
             assert "x-amz-s3session-token" not in headers
             self.sessions += 1
             return self.session()
         token = headers["x-amz-s3session-token"]
-        assert "x-amz-s3session-token" in headers["authorization"], "signed"
+        assert assert_signed(head, f"secret{token}", "us-east-1", "s3express") == f"session{token}"
         assert "x-amz-security-token" not in headers
-        assert f"Credential=session{token}/" in headers["authorization"]
         if token in self.expired:
             return reply(400, b"<Error><Code>ExpiredToken</Code></Error>")
         if "list-type" not in target:
             return serving(head) if head.startswith("GET") else reply(200, ETag='"1"')
         assert "prefix=kv%2Findex%2F&" in f"{target}&", target
+        assert "start-after" not in target
         return self.page("continuation-token" in target)
 
     def session(self) -> bytes:
         end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=self.seconds)
         fields = {
             "SessionToken": str(self.sessions),
-            "SecretAccessKey": "s",
+            "SecretAccessKey": f"secret{self.sessions}",
             "AccessKeyId": f"session{self.sessions}",
             "Expiration": end.strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
@@ -148,6 +152,22 @@ class FakeExpress:
 
 
 EXPRESS = {"bucket": "kv--use1-az4--x-s3", "express": True}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_requests_are_signed_as_the_specification_says(serve: Serve, transport: str) -> None:
+    def answer(head: str) -> bytes:
+        assert assert_signed(head, "key", "us-east-1", "s3") == "key"
+        if "list-type" in head:
+            return reply(200, LISTING)
+        return serving(head) if head.startswith("GET") else reply(200, ETag='"1"')
+
+    bucket = bucket_of(serve(answer).endpoint, transport=transport)
+    assert read(bucket) == DATA[100:50_100]
+    assert bucket.put("a b/ü+&=~", DATA)
+    assert list(bucket.list("a b/ü+&=~", "a b/ü+&=~x")) == []
+    bucket.delete("a b/ü+&=~")
+    bucket.close()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
