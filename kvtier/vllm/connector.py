@@ -43,6 +43,7 @@ class KvTierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         else:
             self._worker = WorkerHalf(vllm_config, kv_cache_config)
         self._counted: dict[str, int | float] = {}
+        self._block_pool: Any = None
 
     @property
     def scheduler(self) -> SchedulerHalf:
@@ -85,9 +86,15 @@ class KvTierConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.scheduler.request_finished(request, block_ids)
         return False, None
 
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Take the engine's pool of blocks."""
+        self._block_pool = gpu_block_pool
+
     def update_connector_output(self, connector_output: Any) -> None:
-        """Hear what the workers have to tell."""
-        self.scheduler.update_connector_output(connector_output)
+        """Hear what the workers have to tell; what was not loaded must not be found in the engine's cache."""
+        spoilt = self.scheduler.update_connector_output(connector_output)
+        if spoilt and self._block_pool is not None:
+            self._block_pool.evict_blocks(spoilt)
 
     def take_events(self) -> Iterable[Any]:
         """Return no events: what kvtier holds, every engine of the cluster can load."""

@@ -34,6 +34,10 @@ def _nothing() -> tuple[int | None, bool]:
     return 0, False
 
 
+def _no_pages() -> set[int]:
+    return set()
+
+
 class SchedulerHalf:
     """Answers the scheduler from what lies verified in host memory; whatever goes wrong is a miss.
 
@@ -105,7 +109,12 @@ class SchedulerHalf:
         blocks = len(match.slots)
         if blocks == 0:
             return 0, False
-        state.promise = Promise(match.lease, first, match.slots)
+        # Before the engine counts on it: what it does about loads that fail is not always right.
+        until = store.hold(match.lease)
+        if until <= time.monotonic():
+            store.release(match.lease)
+            return 0, False
+        state.promise = Promise(match.lease, first, match.slots, until)
         for tier, count in state.origins(match.sources).items():
             self._counters.add(f"promised_tokens_{tier}", count * size)
         return blocks * size, False
@@ -154,15 +163,20 @@ class SchedulerHalf:
         state.pages = list(block_ids)
         self._offer(state, store, self._tails)
 
-    @shielded(lambda: None)
-    def update_connector_output(self, output: Any) -> None:
-        """Hear that a step has ended, and of steps whose loads failed."""
+    @shielded(_no_pages)
+    def update_connector_output(self, output: Any) -> set[int]:
+        """Hear that a step has ended, and of steps whose loads failed.
+
+        Returns:
+            Pages that hold nothing good, since they were not loaded or stand behind such: the engine must
+            not find them in its own prefix cache.
+        """
         told = getattr(output, "kv_connector_worker_meta", None)
         if told is None:
-            return
+            return set()
         self._see_end(told.step)
         if told.failed <= self._settled:
-            return
+            return set()
         self._settled = told.failed
         self._counters.add("failed_steps")
         store = self._store()
@@ -170,9 +184,16 @@ class SchedulerHalf:
             # Of requests that failed with that step.
             store.abort([save.ticket for save in self._tails])
         self._tails.clear()
+        spoilt: set[int] = set()
         for state in self._requests.values():
-            # The engine computes again what follows on the missing blocks; nothing of it was saved.
+            # Nothing of the step was saved.
             state.valid = state.handled = 0
+            missing = [place for place, page in enumerate(state.pages) if page in output.invalid_block_ids]
+            if missing:
+                # One of those that share the page computes it again, and others may be ahead of it.
+                state.identity = None
+                spoilt.update(state.pages[missing[0] :])
+        return spoilt
 
     def reset_cache(self) -> bool:
         """Forget everything, as far as this engine goes: it may have other weights from now on."""
@@ -240,17 +261,17 @@ class SchedulerHalf:
         assert promise is not None
         pages = tuple(state.pages[promise.first : promise.first + len(promise.slots)])
         try:
-            until = store.hold(promise.lease) if store is not None else 0.0
-            if store is not None and until > time.monotonic() and len(pages) == len(promise.slots):
+            in_time = promise.until > time.monotonic()
+            if store is not None and in_time and len(pages) == len(promise.slots):
                 self._counters.add("loaded_tokens", len(pages) * self._size)
                 if promise.first <= state.handled:
                     # They lie in the arena: the agent need not be asked whether it wants them.
                     state.handled = max(state.handled, promise.first + len(pages))
                 # The workers hold it from here on.
                 store.release(promise.lease, self.engine.ranks)
-                return Load(promise.lease, until, promise.slots, pages)
+                return Load(promise.lease, promise.until, promise.slots, pages)
         except Exception as error:  # noqa: BLE001 - the engine counts on an answer
-            log_once(_log, "hold", "promised blocks cannot be loaded: %r", error)
+            log_once(_log, "release", "promised blocks cannot be loaded: %r", error)
         self._counters.add("lost_promises")
         return Load(0, 0.0, (), pages)
 

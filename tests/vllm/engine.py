@@ -182,15 +182,17 @@ class Server:
         return True
 
     def lose_next_load(self) -> bool:
-        """Let the next promise be lost between lookup and load."""
-        store = self.scheduler.connector.scheduler._store()
+        """Let the next load fail."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        def hold(lease: int) -> float:
-            del store.hold
-            store.release(lease)
-            return 0.0
+        worker = get_kv_transfer_group().worker
 
-        store.hold = hold
+        def fail(store: Any, load: Any) -> bool:
+            del worker._copy_in
+            store.release(load.lease, 0)
+            return False
+
+        worker._copy_in = fail
         return True
 
     def timed(self, tokens: list[int]) -> float:

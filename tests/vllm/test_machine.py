@@ -1,0 +1,167 @@
+"""vLLM's scheduler, kvtier and a model of a model: storms at thousands of steps, and failures one by one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has an environment with it")
+
+from vllm.v1.request import RequestStatus
+
+from tests.s3_support import eventually
+from tests.vllm.engine import SEED
+from tests.vllm.machine import BLOCK, Machine, next_token
+
+# 64 slots: what is stored falls out again, or to the disk and back.
+MEMORY = "memory: {size: 1MiB}\nagent: {mode: inprocess}\n"
+DISK = MEMORY + "disk: {path: PLACE/disk, size: 64MiB}\nlookup_wait: 1s\n"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Any]:
+    made: list[Machine] = []
+
+    def make(tiers: str = MEMORY, **options: Any) -> Machine:
+        made.append(Machine(tmp_path, tiers.replace("PLACE", str(tmp_path)), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def text(seed: object, tokens: int, prefix: list[int] | None = None) -> list[int]:
+    rng = random.Random(f"{SEED} {seed}")
+    return [*(prefix or []), *(rng.randrange(1000) for _ in range(tokens))]
+
+
+def told(machine: Machine, name: str) -> bool:
+    """Say whether a request has said what it has to say."""
+    request = machine.requests[name]
+    prompt = list(request.prompt_token_ids)
+    return machine.said[name] == [next_token(prompt, n) for n in range(request.max_tokens)]
+
+
+def nothing_held(machine: Machine) -> None:
+    eventually(lambda: machine.store.stats()["leases"] == machine.store.stats()["filling_slots"] == 0, 20)
+
+
+def count(machine: Machine, name: str) -> float:
+    return machine.scheduler.connector.scheduler.take_counts().get(name, 0)
+
+
+def lose(machine: Machine, how: Any) -> None:
+    """Let loads fail whenever `how()` says so."""
+    copy_in = machine.worker.worker._copy_in
+
+    def maybe(store: Any, load: Any) -> bool:
+        if how():
+            store.release(load.lease, 0)
+            return False
+        return copy_in(store, load)
+
+    machine.worker.worker._copy_in = maybe
+
+
+KINDS = {
+    "plain": {},
+    "second runner": {"second_runner": True},
+    "asynchronous": {"asynchronous": True},
+    "drafts": {"drafts": True},
+    "disk": {"tiers": DISK},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("losses", [0.0, 0.2], ids=["", "lost loads"])
+def test_storm(kind, losses, machine):
+    print("seed", SEED)
+    rng = random.Random(f"{SEED} {kind} {losses}")
+    # Prompts are computed in pieces that end inside of a block, and the pool holds three or four requests.
+    engine = machine(pages=41, budget=23, seed=rng.random(), **KINDS[kind])
+    lose(engine, lambda: rng.random() < losses)
+    families = [text(f"{kind} family {n}", rng.randrange(6, 50)) for n in range(5)]
+    alive: list[str] = []
+    for n in range(120):
+        family = rng.choice(families)
+        prefix = family[: rng.randrange(1, len(family))] if rng.random() < 0.3 else family
+        engine.add(f"r{n}", text(f"{kind} {n}", rng.randrange(1, 20), prefix), rng.randrange(1, 40))
+        alive.append(f"r{n}")
+        for _ in range(rng.choice([0, 1, 2, 8, 20])):
+            engine.step()
+        if rng.random() < 0.3:
+            gone = alive.pop(rng.randrange(len(alive)))
+            if gone in engine.scheduler.requests:
+                engine.cancel(gone)
+        if rng.random() < 0.1:
+            engine.scheduler.reset_prefix_cache()
+    engine.run_out()
+    assert all(told(engine, name) for name in alive)
+    assert count(engine, "loaded_tokens") > 0
+    assert (count(engine, "failed_steps") > 0) == (losses > 0)
+    assert engine.checked > 10_000
+    nothing_held(engine)
+
+
+def test_a_promise_that_gets_no_pages_is_given_back(machine):
+    engine = machine(pages=12)
+    engine.add("first", text("shared", 5 * BLOCK), 1)
+    engine.run_out()
+    engine.scheduler.reset_prefix_cache()
+    engine.add("long", text("long", 5 * BLOCK), 12)
+    engine.step()
+    # Its blocks are found each time that it is thought of; there is no room as long as the other runs.
+    engine.add("second", [*text("shared", 5 * BLOCK), 1, 2], 1)
+    engine.step()
+    assert engine.requests["second"].status == RequestStatus.WAITING
+    assert engine.store.stats()["leases"] <= 1
+    engine.cancel("second")
+    engine.step()
+    assert engine.store.stats()["leases"] == 0
+    engine.run_out()
+    assert told(engine, "long")
+
+
+def test_a_lost_load_is_computed_and_nothing_of_the_step_is_stored(machine):
+    engine = machine(pages=64)
+    prompt = text("lost", 6 * BLOCK + 1)
+    engine.add("first", prompt, 1)
+    engine.run_out()
+    engine.scheduler.reset_prefix_cache()
+    losses = [True]
+    lose(engine, lambda: losses.pop() if losses else False)
+    longer = [*prompt, *text("more", 4 * BLOCK)]
+    engine.add("second", longer, 3)
+    engine.step()
+    assert engine.requests["second"].num_computed_tokens == 0
+    engine.run_out()
+    assert told(engine, "second")
+    engine.scheduler.reset_prefix_cache()
+    engine.add("third", [*longer, 5], 2)
+    engine.run_out()
+    assert told(engine, "third")
+    assert count(engine, "loaded_tokens") >= 10 * BLOCK
+
+
+def test_with_the_policy_fail_a_lost_load_ends_its_request_and_no_other(machine):
+    engine = machine(pages=64, policy="fail")
+    engine.add("first", text("fails", 4 * BLOCK + 1), 1)
+    engine.run_out()
+    engine.scheduler.reset_prefix_cache()
+    losses = [True]
+    lose(engine, lambda: losses.pop() if losses else False)
+    engine.add("other", text("other", 4 * BLOCK + 1), 4)
+    engine.add("second", text("fails", 4 * BLOCK + 1), 4)
+    engine.run_out()
+    assert engine.requests["second"].status == RequestStatus.FINISHED_ERROR
+    assert told(engine, "other")
+    # Its blocks are as good as before.
+    engine.add("third", text("fails", 4 * BLOCK + 1), 4)
+    engine.run_out()
+    assert told(engine, "third")
+    nothing_held(engine)
