@@ -58,7 +58,7 @@ _SIGNATURE = types.boolean(
 )
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _u32(data: Any, at: int) -> Any:
     return (
         np.int64(data[at])
@@ -68,7 +68,7 @@ def _u32(data: Any, at: int) -> Any:
     )
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _u64(data: Any, at: int) -> Any:
     return np.uint64(_u32(data, at)) | np.uint64(_u32(data, at + 4)) << np.uint64(32)
 
