@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvtier.agent import wire
 from tests.agent_support import AgentThread, Place, eventually, namespace_of
 from tests.store_support import DictTier, chain, content, read, save
 
@@ -68,3 +69,48 @@ def test_namespaces_are_apart_and_have_equal_shares(place):
         assert len(second.match(chain(4)).slots) == 4
         for client in (first, second, third):
             client.close(1)
+
+
+def test_an_engine_that_asks_without_end_does_not_keep_another_waiting(place):
+    """The loop takes one request of each in turn; if it took all of one first, it would never end."""
+    with AgentThread(place) as agent:
+        greedy, modest = place.connect(), place.connect()
+        over = threading.Event()
+        hashes = b"".join(chain(2000))
+
+        def ask() -> None:
+            while not over.is_set():
+                # As many as the sockets hold, and no look at the answers.
+                if len(greedy._link._posts) < 100:
+                    greedy._link.ask(wire.MatchBlocks(0, 0, hashes, 0.0))
+                    greedy._link._send_on()
+
+        flood = threading.Thread(target=ask)
+        flood.start()
+        eventually(lambda: greedy._link._posts, "the agent cannot keep up")
+        try:
+            for seed in range(10):
+                assert save(modest, chain(1, seed=seed)) == 1
+                assert len(modest.match(chain(1, seed=seed)).slots) == 1
+            assert "client_timeouts" not in modest.stats()
+        finally:
+            over.set()
+            flood.join(60)
+        assert agent.agent.counters.snapshot().get("bad_messages", 0) == 0
+        greedy.close(1)
+        modest.close(1)
+
+
+def test_engines_of_one_namespace_evict_what_was_not_used_for_longest_whoever_saved_it(place):
+    """One copy serves all, so a block belongs to no engine: what one of them uses stays for the other."""
+    with AgentThread(place):
+        first, second = place.connect(), place.connect()
+        assert save(first, chain(4)) == 4
+        for seed in range(1, 9):
+            # The second engine has not saved these, and keeps them by using them.
+            match = second.match(chain(4))
+            assert len(match.slots) == 4
+            second.release(match.lease)
+            assert save(first, chain(4, seed=seed)) == 4
+        first.close(1)
+        second.close(1)
