@@ -106,6 +106,8 @@ def test_engines_of_one_namespace_evict_what_was_not_used_for_longest_whoever_sa
     with AgentThread(place):
         first, second = place.connect(), place.connect()
         assert save(first, chain(4)) == 4
+        # What it has committed it also says before it asks something.
+        assert len(first.match(chain(4)).slots) == 4
         for seed in range(1, 9):
             # The second engine has not saved these, and keeps them by using them.
             match = second.match(chain(4))
