@@ -104,7 +104,9 @@ def bucket_at(endpoint: str, counters: Counters | None = None, **changes: object
         "endpoint": endpoint,
         "access_key_env": "KVTIER_TEST_KEY",
         "secret_key_env": "KVTIER_TEST_KEY",
-        "read_timeout": 2.0,
+        # Far beyond what a busy machine needs: tests of slow servers say so themselves.
+        "read_timeout": 20.0,
+        "connect_timeout": 20.0,
         **changes,
     }
     return HttpBucket(S3Config(**settings), counters or Counters())

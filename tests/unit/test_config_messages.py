@@ -292,9 +292,11 @@ def test_more_memory_than_there_is(files: Files, monkeypatch: pytest.MonkeyPatch
 
 def test_a_disk_path_below_a_file(files: Files) -> None:
     line = files.problem(f"{MEMORY}disk: {{path: {files.file}/tier, size: 1GiB}}")
-    assert line == (
-        f'2: disk.path: "{files.file}/tier" cannot be written: {files.file} is not a directory; allowed: a '
-        "directory that this user can write or create"
+    # A long value is cut short, and a test's directory may be long.
+    value, _, reason = line.partition(" cannot be written: ")
+    assert value.startswith('2: disk.path: "/')
+    assert reason == (
+        f"{files.file} is not a directory; allowed: a directory that this user can write or create"
     )
     assert "is not a directory" in files.problem(f"{MEMORY}disk: {{path: {files.file}, size: 1GiB}}")
 
