@@ -120,7 +120,8 @@ def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
 
 def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int]) -> dict[int, Any]:
     """Measure prompts that an engine before this one has written to a lower tier, with an empty arena."""
-    tiers = {**bench.memory(1), "lookup_wait": "10s", **tiers}
+    # Blocks that wait for their encoder may take half of the arena; the rest would not be written.
+    tiers = {**bench.memory(3), "lookup_wait": "10s", **tiers}
     found = {}
     prompts = {length: bench.prompt(length) for length in lengths}
     first = bench.prompt(lengths[0])
