@@ -133,7 +133,6 @@ def test_what_is_used_after_it_was_condemned_comes_back(how: str) -> None:
     yard.now += 3 * HOUR
     yard.collect(ttl=2 * HOUR)
     assert yard.listed() == set()
-    yard.now += 10
     if how == "used":
         yard.use(blocks[5].hash)
     elif how == "listed":
