@@ -8,11 +8,17 @@ import time
 import pytest
 
 from kvtier.codec import BlockCodec
-from kvtier.store import ticket_slot, writing
+from kvtier.store import staging, ticket_slot, writing
 from tests.store_support import LAYOUT, NAMESPACE, ROOT, DictTier, chain, content, make_store, read, save
 
 PATIENT = 20.0
 """Seconds to wait for what is expected to come: only a failing test takes so long."""
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """On a busy machine a tier is not stalled that has delivered nothing for a quarter of a second."""
+    monkeypatch.setattr(staging, "STALL_SECONDS", PATIENT)
 
 
 def filled(name: str, hashes) -> DictTier:
@@ -44,7 +50,8 @@ def test_a_lookup_does_not_wait_longer_than_told_and_the_next_one_is_served():
     store.close(5)
 
 
-def test_a_local_run_is_answered_although_the_bucket_hangs():
+def test_a_local_run_is_answered_although_the_bucket_hangs(monkeypatch):
+    monkeypatch.setattr(staging, "STALL_SECONDS", 0.1)
     hashes = chain(6)
     disk, s3 = filled("disk", hashes[:3]), filled("s3", hashes)
     s3.open.clear()
@@ -56,13 +63,14 @@ def test_a_local_run_is_answered_although_the_bucket_hangs():
     store.close(5)
 
 
-def test_a_tier_that_stands_still_is_not_waited_for_although_the_lookup_might():
+def test_a_tier_that_stands_still_is_not_waited_for_although_the_lookup_might(monkeypatch):
+    monkeypatch.setattr(staging, "STALL_SECONDS", 1.0)
     hashes, hang, over = chain(3), threading.Event(), []
     tier = filled("s3", hashes)
 
     def read(blocks, deliver):
         deliver(blocks[0], tier.blocks[blocks[0]])
-        over.append(hang.wait(PATIENT))
+        over.append(hang.wait(3 * PATIENT))
 
     tier.read = read
     store = make_store([tier])
