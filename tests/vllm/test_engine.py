@@ -123,6 +123,7 @@ def test_a_new_agent_and_a_new_engine_load_from_the_disk(home, expected):
     home.first_agent.end()
     home.first_agent = home.agent()
     engine = home.first = home.engine()
+    assert engine.ask("ready")
     eventually(lambda: engine.ask("attached"), 30)
     warm(engine, "first", expected)
     assert engine.ask("counts")["store"]["disk_staged_blocks"] > 0
@@ -132,6 +133,7 @@ def test_an_empty_node_loads_from_the_bucket_and_two_engines_share_it(home, node
     away = home.away = node("away", bucket)
     away.agent()
     engine = away.first = away.engine()
+    assert engine.ask("ready")
     eventually(lambda: engine.ask("attached"), 30)
     eventually(lambda: engine.ask("counts")["store"].get("s3_blocks_known"), 30)
     warm(engine, "whole blocks", expected)
