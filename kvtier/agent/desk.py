@@ -86,8 +86,9 @@ class Desk:
         hashes = wire.split_hashes(request.hashes)
         if not session.group.whole:
             return wire.Matched(request.id, 0, b"", {})
-        lookup = session.opened.store.look_up(hashes)
-        wait = wire.bounded_wait(request.wait)
+        wait, cost = wire.bounded_wait(request.wait), wire.bounded_wait(request.block_cost) or None
+        further = wire.bounded_wait(request.ask_again)
+        lookup = session.opened.store.look_up(hashes, wait + further, cost)
         if wait and lookup.origin:
             return lambda: self._matched(session, request, lookup, wait)
         return self._matched(session, request, lookup, 0.0)

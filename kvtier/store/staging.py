@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,9 @@ READERS_PER_TIER = 8
 STALL_SECONDS = 0.25
 """A tier that has reads under way and delivered nothing for so long is not waited for."""
 
+_TRUST_SECONDS = 5.0
+"""How long the pace of a tier's last read is trusted. After that blocks are fetched to learn it anew."""
+
 Promote = Callable[[int, StoredBlock], None]
 
 
@@ -37,8 +41,15 @@ class _Lane:
     tier: Tier
     workers: Workers
     pace: Pace = field(default_factory=Pace)
+    seen: float = -math.inf
     in_flight: int = 0
     progress: float = 0.0
+
+    def pays(self, blocks: int, wait: float, block_cost: float | None) -> bool:
+        """Say whether any block of a read would be waited for; what is computed instead comes by itself."""
+        if block_cost is None or time.monotonic() > self.seen + _TRUST_SECONDS:
+            return True
+        return patience([self.pace.arrival(place) for place in range(blocks)], wait, block_cost) > 0.0
 
 
 class _Fetch:
@@ -71,6 +82,7 @@ class _Fetch:
             # Threads land blocks side by side: their times need not be in order.
             first, last = min(self.landed), max(self.landed)
             self.lane.pace.saw(len(self.landed), first - self.begun, last - self.begun)
+            self.lane.seen = last
 
 
 class Stager:
@@ -102,8 +114,15 @@ class Stager:
         self._flights: dict[bytes, _Fetch] = {}
         self._awaited: Counter[bytes] = Counter()
 
-    def stage(self, hashes: Sequence[bytes]) -> dict[bytes, str]:
-        """Start fetching the leading run of `hashes` that the lower tiers hold.
+    def stage(
+        self, hashes: Sequence[bytes], wait: float = math.inf, block_cost: float | None = None
+    ) -> dict[bytes, str]:
+        """Start fetching the leading run of `hashes` that the lower tiers hold, as far as it pays.
+
+        Args:
+            hashes: Blocks of one run, in order.
+            wait: Seconds that they are waited for at most.
+            block_cost: Seconds that computing a block takes, if known.
 
         Returns:
             The blocks of that run, in order, with the name of the tier each is being fetched from, or
@@ -114,7 +133,7 @@ class Stager:
         while position < len(hashes):
             run = self._resident_or_underway(hashes[position:], origin)
             if run == 0:
-                run = self._fetch_run(hashes[position:], origin)
+                run = self._fetch_run(hashes[position:], origin, wait, block_cost)
             if run == 0:
                 break
             position += run
@@ -192,12 +211,17 @@ class Stager:
                 origin[block] = fetch.lane.tier.name if fetch else "memory"
         return len(hashes)
 
-    def _fetch_run(self, hashes: Sequence[bytes], origin: dict[bytes, str]) -> int:
-        """Start one read of the leading run that some tier holds and the arena has room for."""
+    def _fetch_run(
+        self, hashes: Sequence[bytes], origin: dict[bytes, str], wait: float, block_cost: float | None
+    ) -> int:
+        """Start one read of the leading run that some tier holds and the arena has room for, if it pays."""
         for depth, lane in enumerate(self._lanes):
             run = hashes[: lane.tier.match(hashes)]
             if not run:
                 continue
+            if not lane.pays(len(run), wait, block_cost):
+                self._counters.add(f"{lane.tier.name}_passed_over_blocks", len(run))
+                return 0
             with self._changed:
                 tickets = self._memory.reserve(run)
                 count = tickets.index(None) if None in tickets else len(tickets)

@@ -163,10 +163,13 @@ class TieredStore:
     ) -> Match:
         """Find, stage and lease; see `StoreClient.match`."""
         wait = self._lookup_wait if wait is None else wait
-        return self.finish(self.look_up(hashes), wait, block_cost, ask_again)
+        lookup = self.look_up(hashes, wait + ask_again, block_cost)
+        return self.finish(lookup, wait, block_cost, ask_again)
 
-    def look_up(self, hashes: Sequence[bytes]) -> Lookup:
-        """Begin a match: pin what is resident, and start fetching what follows. Does not wait.
+    def look_up(
+        self, hashes: Sequence[bytes], wait: float = math.inf, block_cost: float | None = None
+    ) -> Lookup:
+        """Begin a match: pin what is resident, and start fetching what follows, if it pays. Does not wait.
 
         Whoever begins one ends it with `finish`.
         """
@@ -176,7 +179,7 @@ class TieredStore:
         self._counters.add("lookups")
         slots = self.memory.acquire(hashes)
         missing = hashes[len(slots) :]
-        origin = self._stager.stage(missing) if missing and self._tiers else {}
+        origin = self._stager.stage(missing, wait, block_cost) if missing and self._tiers else {}
         return Lookup(hashes, slots, origin)
 
     def finish(
