@@ -309,3 +309,13 @@ def test_rule_8_orders_that_make_no_sense_are_no_orders(rig, monkeypatch):
     monkeypatch.setattr(runtime, "_joined", set())
     monkeypatch.setattr(runtime._stores[0], "mailbox", mailbox)
     assert rig.worker.get_finished([5], []) == ([5], [])
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "context"])
+def test_rule_17_ranks_that_hold_other_layers_or_tokens_share_nothing(monkeypatch, kind):
+    """The engine refuses these together with a connector; should it not, nothing is promised or saved."""
+    with memory_stores(monkeypatch, slots=64) as opened:
+        rig = make_rig(arguments=llm_args(**{f"{kind}_parallel_size": 2}))
+        assert rig.prefill(FakeRequest(1, [*PROMPT, 7]), range(6)) == 0
+        assert rig.prefill(FakeRequest(2, [*PROMPT, 7]), range(6, 12)) == 0
+        assert opened == []
