@@ -10,16 +10,14 @@ Medians tell something on a quiet machine alone; the fastest are what other proc
 
 - A decoding pass: by the clock on the wall. A block is completed every 32nd token of a request, so two in a
   pass of 64 requests, on average.
-- A saved block: the thread's CPU time in 32 passes, less that of as many passes without a block to ask a slot
-  for or to save, by blocks that were saved in them. With an agent a block is asked for and saved in different
-  passes. The arena is full, so each new block takes an old one's slot.
+- A saved block: the thread's CPU time that it adds to the passes in which a slot is asked for, waited for and
+  filled, which are different ones with an agent. The arena is full: a new block takes an old one's slot.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -34,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import yaml
 
 from kvtier.engine import Engine, EngineConfig, KVMemory, ModelSpec, Request, Span
@@ -149,57 +148,68 @@ def decode(batch: int, iterations: int, seconds: float) -> dict[str, float]:
     # On a GPU the copy is enqueued, and does not hold up this thread.
     engine.connector.worker._transfers.mover._copy = lambda *ranges: None
     clock[0] = time.perf_counter
-    passes = run_passes(engine, batch, iterations, range(TOKENS_PER_BLOCK))
+    passes = run_passes(engine, batch, iterations)
     leader, worker = ([one[half] for one in passes] for half in ("leader", "worker"))
     both = [sum(pair) for pair in zip(leader, worker, strict=True)]
     # A system call, which would count for too much in a whole pass; in differences it does not.
     clock[0] = time.thread_time
-    busy = run_passes(engine, batch, iterations, range(TOKENS_PER_BLOCK))
-    few = run_passes(engine, batch, iterations, range(TOKENS_PER_BLOCK // 4))
-    idle = [one for before, one in itertools.pairwise(few) if not before["blocks"] + one["blocks"]]
+    passes = run_passes(engine, batch, iterations)
     results = {
         "rank 0, median": statistics.median(both),
         "rank 0, mean": statistics.mean(both),
         "rank 0, fastest tenth": statistics.quantiles(both, n=10)[0],
         "other ranks, median": statistics.median(worker),
-        "blocks saved in a pass": sum(one["saved"] for one in busy) / len(busy),
+        "blocks saved in a pass": statistics.mean(one["saved"] for one in passes),
+        "a saved block, leader": cost_of_a_block(passes, "leader"),
+        "a saved block, worker": cost_of_a_block(passes, "worker"),
     }
-    rounds = [busy[start : start + TOKENS_PER_BLOCK] for start in range(0, len(busy), TOKENS_PER_BLOCK)]
-    for half in ("leader", "worker"):
-        plain = statistics.median([one[half] for one in idle]) if idle else float("nan")
-        extra = []
-        for part in rounds:
-            saved = sum(one["saved"] for one in part)
-            extra.append((sum(one[half] for one in part) - len(part) * plain) / max(1, saved))
-        results[f"a saved block, {half}, median"] = statistics.median(extra)
-        results[f"a saved block, {half}, fastest"] = min(extra)
     return {name: round(value, 1) for name, value in results.items()}
 
 
-def run_passes(engine: Engine, batch: int, iterations: int, phases: Sequence[int]) -> list[dict[str, float]]:
-    """Decode, with requests that complete blocks in some phases of `TOKENS_PER_BLOCK` passes.
+def cost_of_a_block(passes: Sequence[dict[str, float]], half: str) -> float:
+    """Return what a block adds to the passes in which a slot is asked for, waited for and filled.
+
+    A least-squares fit to these three and a constant, without the passes that take much longer than it says:
+    those in which something else happened to the thread.
+    """
+    causes = ("asked", "waiting", "saved")
+    facts = np.array([[1.0, *(one[cause] for cause in causes)] for one in passes])
+    times = np.array([one[half] for one in passes])
+    for _ in range(5):
+        fit = np.linalg.lstsq(facts, times, rcond=None)[0]
+        beyond = times - facts @ fit
+        kept = beyond <= np.quantile(beyond, 0.95)
+        facts, times = facts[kept], times[kept]
+    blocks = sum(one["saved"] for one in passes)
+    shares = [sum(one[cause] for one in passes) / blocks for cause in causes]
+    return float(fit[1:] @ shares)
+
+
+def run_passes(engine: Engine, batch: int, iterations: int) -> list[dict[str, float]]:
+    """Decode, with requests of random lengths.
 
     Returns:
-        For each pass the microseconds of both halves of the connector, how many blocks were saved in it, and
-        how many were saved or waited for a slot.
+        For each pass the microseconds of both halves of the connector, the blocks that a slot was asked for
+        in it, those that still waited for theirs, and those that were saved.
     """
     leader, worker = engine.connector.leader, engine.connector.worker
-    rng = random.Random(f"{clock} {phases}")
-    for number in range(batch):
-        length = 2 * TOKENS_PER_BLOCK + phases[number % len(phases)]
+    rng = random.Random(str(clock))
+    for _ in range(batch):
+        length = rng.randrange(2 * TOKENS_PER_BLOCK, 3 * TOKENS_PER_BLOCK)
         engine.submit(Request([rng.randrange(32000) for _ in range(length)], iterations + 60))
     for _ in range(40):
         engine.step()
     passes = []
     for _ in range(iterations):
-        before = worker.stats().get("saved_blocks", 0)
+        saved, waiting = worker.stats().get("saved_blocks", 0), len(leader._offers)
         for half in (leader, worker):
             half.taken.clear()
         engine.step()
         times = {name: sum(half.taken.values()) * 1e6 for name, half in
                  (("leader", leader), ("worker", worker))}  # fmt: skip
-        saved = worker.stats().get("saved_blocks", 0) - before
-        passes.append({**times, "saved": saved, "blocks": saved + len(leader._offers)})
+        saved = worker.stats().get("saved_blocks", 0) - saved
+        asked = len(leader._offers) - waiting + saved
+        passes.append({**times, "asked": asked, "waiting": waiting, "saved": saved})
     engine.settle()
     return passes
 
