@@ -15,7 +15,7 @@ import torch
 from kvtier import _logging
 from kvtier.engine.versions import SchedulerOutput
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker, table
-from tests.trtllm_support import PROMPT, SIZE, FakeRequest, llm_args, memory_stores
+from tests.trtllm_support import PROMPT, SIZE, FakeRequest, llm_args, make_rig, memory_stores
 
 
 def test_saved_blocks_are_promised_and_loaded_with_their_bytes(rig):
