@@ -150,6 +150,10 @@ def test_what_is_used_after_it_was_condemned_comes_back(how: str) -> None:
     assert (done.deleted, done.revived) == (0, 1)
     assert old.name in yard.listed()
     assert yard.there(old)
+    # For good: it is one of many again. One that was listed without a use is as old as it was.
+    yard.now += 10
+    done = yard.collect(ttl=2 * HOUR)
+    assert (done.deleted, done.revived, done.condemned) == (0, 0, int(how == "listed"))
 
 
 def test_the_grace_time_is_the_servers_whatever_the_names_say() -> None:
@@ -208,8 +212,9 @@ def test_short_packs_become_a_whole_one_and_go() -> None:
     assert yard.bucket.objects[KEYS.pack(whole.name)] == body
     assert yard.listed() == {pack.name for pack in packs} | {whole.name}
     # Every node must have heard of it before the short ones go.
+    yard.now += SETTLED_SECONDS - 5
     assert yard.collect().condemned == 0
-    yard.now += SETTLED_SECONDS + 10
+    yard.now += 15
     done = yard.collect()
     assert (done.merged, done.condemned) == (0, 3)
     yard.now += GRACE_SECONDS + 10

@@ -1,4 +1,4 @@
-"""The bucket through our own HTTP client: what moves data and what lists; boto3 does what only controls."""
+"""The bucket through our own HTTP client; boto3 finds out where it is, and makes sessions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvtier.tiers.s3.bucket import (
     BucketTimeout,
     ExpiredCredentials,
     ListedObject,
+    ObjectMissing,
     Parts,
     RangeMissing,
 )
@@ -36,9 +37,9 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 class HttpBucket:
-    """A `Bucket` whose GETs, PUTs and listings go over connections of our own; boto3 deletes.
+    """A `Bucket` whose requests go over connections of our own.
 
-    boto3 also finds the endpoint, the region and the credentials, so that both mean the same bucket.
+    boto3 finds the endpoint, the region and the credentials, so that both mean the same bucket.
     What is retried is in `Retries`; besides, stale connections and expired credentials are replaced once.
     """
 
@@ -84,7 +85,12 @@ class HttpBucket:
 
     def delete(self, key: str) -> None:
         """See `Bucket.delete`."""
-        self._control.delete(key)
+        self._counters.add("delete_requests")
+        try:
+            with self._request("DELETE", key, {}, b"", self._deadline(0)) as (_, body):
+                body.read(_MAX_ERROR_BYTES)
+        except ObjectMissing:
+            return
 
     def server_time(self) -> float:
         """See `Bucket.server_time`."""

@@ -206,7 +206,7 @@ class Exchange:
         head = self._head(address, method, target, headers, body)
         connection = self._pool.take(address.origin)
         # Listings take longer than reads, and nobody waits for them.
-        hedged = not body and "?" not in target
+        hedged = method == "GET" and "?" not in target
         try:
             return self._exchange(connection, head, body, deadline, hedged)
         except ConnectionLost:
