@@ -118,6 +118,7 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
         (HEAD + 44, struct.pack("<I", 2), "more"),
         (HEAD + PACK + 44, struct.pack("<I", 2**32 - 1), "fewer"),
         (HEAD + 32, struct.pack("<Q", 20), "lists blocks up to"),
+        (HEAD + 32, struct.pack("<Q", 2**63), "an endless pack"),
         (HEAD + 40, struct.pack("<I", 2**32 - 1), "impossible"),
         (HEAD + 2 * PACK + 16, struct.pack("<Q", 2**60), "impossible block"),
         (HEAD + 2 * PACK + 24, struct.pack("<I", MAX_BLOCK + 1), "impossible block"),

@@ -20,6 +20,8 @@ BLOCK_ROW = np.dtype([("hash", "V16"), ("offset", "<u8"), ("length", "<u4")])
 Rows = np.ndarray[Any, np.dtype[np.void]]
 
 _MAX_POSITION = 1 << 32
+MAX_PACK_BYTES = 1 << 42
+"""No object is larger on any server; sums of a million sizes still fit into 63 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,9 @@ class PackTable:
         possible = (lengths >= 1) & (lengths <= max_block_bytes) & (offsets >= fronts) & (ends >= offsets)
         if not possible.all():
             raise CorruptBlock("an index lists an impossible block")
-        if (ends[starts[1:] - 1] > self.packs["size"]).any():
-            raise CorruptBlock("an index lists blocks up to beyond the end of their pack")
+        sizes = self.packs["size"]
+        if (ends[starts[1:] - 1] > sizes).any() or sizes.max() > MAX_PACK_BYTES:
+            raise CorruptBlock("an index lists blocks up to beyond the end of their pack, or an endless pack")
 
 
 def spread_rows(firsts: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
