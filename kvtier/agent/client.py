@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import numpy as np
-
 from kvtier._counters import Counters
 from kvtier.agent import wire
 from kvtier.agent.dialler import Dialler
+from kvtier.agent.epochs import of_epoch, slots_of_epoch, split, tickets_by_epoch
 from kvtier.agent.launch import launch
 from kvtier.agent.link import Link, State
 from kvtier.agent.mapping import Mappings, Prepare
@@ -118,10 +117,9 @@ class AgentClient:
             return Match()
         if not reply.lease:
             return Match(sources=reply.sources, ask_again=reply.ask_again)
-        lease = epoch << 32 | reply.lease
-        places = np.frombuffer(reply.slots, "<u4").astype(np.int64)
+        lease = of_epoch(epoch, reply.lease)
         self._note(lease, asked + LEASE_SECONDS)
-        return Match(lease, tuple((places | epoch << 32).tolist()), reply.sources)
+        return Match(lease, slots_of_epoch(epoch, reply.slots), reply.sources)
 
     def hold(self, lease: int) -> float:
         """Take a lease into use; see `StoreClient.hold`.
@@ -130,7 +128,8 @@ class AgentClient:
         until it is over, and no longer.
         """
         asked = self._clock()
-        answer = self._link.call(wire.Hold(0, 0, lease & _LOW), self._deadlines.call, epoch=lease >> 32)
+        epoch, number = split(lease)
+        answer = self._link.call(wire.Hold(0, 0, number), self._deadlines.call, epoch=epoch)
         if answer is None:
             certain = self._certain.get(lease, 0.0)
             return certain if certain >= asked + CERTAIN_SECONDS else 0.0
@@ -140,7 +139,8 @@ class AgentClient:
     def release(self, lease: int, shard: int | None = None) -> None:
         """Give a lease up; see `StoreClient.release`."""
         self._note(lease, None)
-        self._link.post(wire.Release(0, 0, lease & _LOW, -1 if shard is None else shard), lease >> 32)
+        epoch, number = split(lease)
+        self._link.post(wire.Release(0, 0, number, -1 if shard is None else shard), epoch)
 
     def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
         """Reserve slots for new blocks; see `StoreClient.reserve`."""
@@ -153,12 +153,12 @@ class AgentClient:
 
     def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
         """Say that one shard's bytes are in place; see `StoreClient.commit`."""
-        for epoch, numbers in _by_epoch(tickets):
+        for epoch, numbers in tickets_by_epoch(tickets):
             self._link.post(wire.Commit(0, 0, numbers, shard), epoch)
 
     def abort(self, tickets: Sequence[int], shard: int | None = None) -> None:
         """Give reservations up; see `StoreClient.abort`."""
-        for epoch, numbers in _by_epoch(tickets):
+        for epoch, numbers in tickets_by_epoch(tickets):
             self._link.post(wire.Abort(0, 0, numbers, -1 if shard is None else shard), epoch)
 
     def slot_view(self, slot: int, shard: int = 0) -> memoryview:
@@ -183,7 +183,7 @@ class AgentClient:
         Returns:
             Whether the agent has it. If not, it may still arrive.
         """
-        packed = _by_epoch(tickets)
+        packed = tickets_by_epoch(tickets)
         if len(packed) != 1:
             return False
         ((epoch, numbers),) = packed
@@ -297,13 +297,3 @@ def connect(
     )
     client.wait_connected(wait)
     return client
-
-
-_LOW = 0xFFFFFFFF
-
-
-def _by_epoch(tickets: Sequence[int]) -> list[tuple[int, bytes]]:
-    numbers: dict[int, list[int]] = {}
-    for ticket in tickets:
-        numbers.setdefault(ticket >> 63, []).append(ticket & (1 << 63) - 1)
-    return [(epoch, wire.pack_numbers(of_epoch, "Q")) for epoch, of_epoch in numbers.items()]

@@ -6,13 +6,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtier.agent.epochs import split
 from kvtier.tiers.arena import PAGE_BYTES, MappedMemory
 
 Prepare = Callable[[memoryview], Callable[[], None] | None]
 """Called with a whole arena before its first use, such as to pin it; what it returns is called when the arena
 goes."""
-
-_PLACE_MASK = 0xFFFFFFFF
 
 
 @dataclass(eq=False, slots=True)
@@ -84,10 +83,11 @@ class Mappings:
             ValueError: The slot's epoch is not mapped, or not any more.
             IndexError: There is no such slot.
         """
-        memory = self._memory_of.get(slot >> 32)
+        epoch, place = split(slot)
+        memory = self._memory_of.get(epoch)
         if memory is None:
             raise ValueError(f"slot {slot:#x} is of an arena that is not mapped")
-        return memory.part((slot & _PLACE_MASK) * PAGE_BYTES + start, length)
+        return memory.part(place * PAGE_BYTES + start, length)
 
     def drop_old(self) -> None:
         """Let go of what was replaced long enough ago."""

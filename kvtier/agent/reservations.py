@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier.agent import wire
+from kvtier.agent.epochs import ticket_of_epoch, tickets_by_epoch
 from kvtier.agent.link import Answer, Link
 from kvtier.store.base import Granted, Reservation, Run
 
@@ -57,9 +58,9 @@ class _Batch:
         if size != 8 * self._size:
             log_once(_log, "tickets", "the agent granted %d bytes of tickets for %d", size, self._size)
             return [None] * self._size
-        above = self.answer.epoch << 63
+        epoch = self.answer.epoch
         return [
-            None if number == wire.NO_TICKET else above | number
+            None if number == wire.NO_TICKET else ticket_of_epoch(epoch, number)
             for number in wire.unpack_numbers(reply.tickets, "Q")
         ]
 
@@ -137,5 +138,5 @@ class Reservations:
             if self._link.renounce(batch.answer) is None:
                 continue
             untaken = [ticket for place in places for ticket in batch.tickets(*place) if ticket is not None]
-            numbers = wire.pack_numbers([ticket & (1 << 63) - 1 for ticket in untaken], "Q")
-            self._link.post(wire.Abort(0, 0, numbers, -1), batch.answer.epoch)
+            for epoch, numbers in tickets_by_epoch(untaken):
+                self._link.post(wire.Abort(0, 0, numbers, -1), epoch)
