@@ -5,7 +5,7 @@ KvTierError
 ├── LayoutError          the engine's KV pool is of a kind that kvtier refuses (said at registration)
 ├── CorruptBlock         encoded bytes are truncated, altered, foreign or of an unknown format
 ├── SlotMisfit           a block that the form of the arena's slots cannot hold
-├── BrokenPromise        (kvtier.trtllm) promised blocks are gone: the only error the engine ever sees
+├── BrokenPromise        (kvtier.connector) promised blocks are gone: the only error the engine ever sees
 └── TierError            a tier could not do what it was asked
     ├── TierUnavailable  for now: time-outs, refused connections, throttling; trying later may help
     ├── AccessDenied     credentials or permissions are wrong; trying again will not help

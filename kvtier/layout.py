@@ -27,7 +27,7 @@ class BlockLayout:
     """The arrangement of one block: `tokens_per_block` tokens of all layers of all shards of a node.
 
     A block is C-contiguous `[shards, layers, kv_factor, row_elements]` of `dtype`; a row is one layer's
-    K (or V): `[kv_heads_local, tokens_per_block, head_dim]` flattened, as in TensorRT-LLM's pool.
+    K (or V): `[kv_heads_local, tokens_per_block, head_dim]` flattened.
 
     Attributes:
         dtype: torch's name of the element type, a key of `ITEM_BYTES`.
