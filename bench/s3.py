@@ -37,10 +37,13 @@ from s3_blocks import (
 from s3_server import SOURCE_BYTES, FastServer
 
 from kvtier._counters import Counters
-from kvtier.tiers.s3.bucket import Bucket
+from kvtier.tiers.s3.bucket import Bucket, FetchesInTurns
+from kvtier.tiers.s3.lanes import Lanes
 from kvtier.tiers.s3.open_bucket import open_bucket
+from kvtier.tiers.s3.reader import THREADS
 
 CLIENTS = ("http", "boto3")
+KEY = "bench/source/object"
 IN_FLIGHT = 32
 SHAPES = (
     *((64 << 10, in_flight) for in_flight in (8, 32, 64, 128, 256)),
@@ -58,18 +61,37 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
 
 
 def transfer(bucket: Bucket, kind: str, size: int, in_flight: int, total: int) -> Callable[[], None]:
+    """Return what makes the requests: as the tier makes them, in turns or in a thread for each."""
     requests = max(1, total // size // in_flight)
     body = os.urandom(size)
     buffers = [memoryview(bytearray(size)) for _ in range(in_flight if kind == "GET" else 0)]
+    for buffer in buffers:
+        touch(buffer)
+
+    def offset(turn: int) -> int:
+        return turn * size % (SOURCE_BYTES - size + 1)
 
     def work(number: int) -> None:
         for turn in range(requests):
             if kind == "GET":
-                offset = (number * requests + turn) * size % (SOURCE_BYTES - size + 1)
-                bucket.get_range("bench/source/object", offset, buffers[number])
+                bucket.get_range(KEY, offset(number * requests + turn), buffers[number])
             else:
                 bucket.put(f"bench/sink/{number}-{turn}", body)
 
+    async def get(turn: int) -> None:
+        buffer = buffers.pop()
+        assert isinstance(bucket, FetchesInTurns)
+        await bucket.fetch_parts(KEY, offset(turn), size, iter([buffer]))
+        buffers.append(buffer)
+
+    def in_turns() -> None:
+        lanes = Lanes("bench", THREADS, in_flight)
+        for future in [lanes.submit(partial(get, turn)) for turn in range(in_flight * requests)]:
+            future.result()
+        lanes.close()
+
+    if kind == "GET" and isinstance(bucket, FetchesInTurns):
+        return in_turns
     return lambda: in_threads(in_flight, work)
 
 

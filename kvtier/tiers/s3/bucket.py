@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kvtier.errors import AccessDenied, CorruptBlock, TierError, TierFull, TierUnavailable
+from kvtier.tiers.s3.waiting import Request
 
 
 class ObjectMissing(TierError):
@@ -182,4 +183,13 @@ class Bucket(Protocol):
 
     def close(self) -> None:
         """Close the connections."""
+        ...
+
+
+@runtime_checkable
+class FetchesInTurns(Protocol):
+    """A bucket of which one thread can read many parts at once."""
+
+    def fetch_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> Request[None]:
+        """Return what does the same as `Bucket.get_parts`, and waits by `wait_for` alone."""
         ...

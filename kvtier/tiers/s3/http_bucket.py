@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from kvtier._counters import Counters
 from kvtier.config import S3Config
+from kvtier.errors import TierUnavailable
 from kvtier.tiers.s3.boto_bucket import BotoBucket
 from kvtier.tiers.s3.bucket import (
     SLOWEST_BYTES_PER_SECOND,
@@ -26,11 +27,12 @@ from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.express import Sessions, express_host
 from kvtier.tiers.s3.hedge import Pace
 from kvtier.tiers.s3.http_connection import Body, Deadline, Origin, Stalled
-from kvtier.tiers.s3.http_exchange import Address, Exchange, address_of
+from kvtier.tiers.s3.http_exchange import Address, Exchange, Reply, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
 from kvtier.tiers.s3.listing import MAX_PAGE_BYTES, Page, list_in_order, list_sorted, page_query, parse_page
 from kvtier.tiers.s3.replies import error_of, read_error
 from kvtier.tiers.s3.retries import Retries
+from kvtier.tiers.s3.waiting import run, wait_for
 
 _MAX_ERROR_BYTES = 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -59,20 +61,31 @@ class HttpBucket:
 
     def get_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> None:
         """See `Bucket.get_parts`."""
+        run(self.fetch_parts(key, offset, length, parts))
+
+    async def fetch_parts(self, key: str, offset: int, length: int, parts: Iterator[memoryview]) -> None:
+        """See `FetchesInTurns.fetch_parts`."""
         deadline = self._deadline(length)
         into = Parts(parts, length)
-        attempts = self._retries.receive(
-            lambda: self._get(key, offset + into.done, into, deadline), into, deadline.left
-        )
-        self._counters.add("retries", attempts)
+        attempt = 0
+        while True:
+            try:
+                await self._get(key, offset + into.done, into, deadline)
+            except TierUnavailable as error:
+                await wait_for((), self._retries.pause(error, attempt, into, deadline.left()))
+                attempt += 1
+            else:
+                break
+        self._retries.succeeded()
+        self._counters.add("retries", attempt)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""
         try:
-            return self._get_tail(key, length, f"bytes=-{length}")
+            return run(self._get_tail(key, length, f"bytes=-{length}"))
         except RangeMissing:
             # Some servers have no last 1,000 bytes of an object of 900.
-            return self._get_tail(key, length, f"bytes=0-{length - 1}")
+            return run(self._get_tail(key, length, f"bytes=0-{length - 1}"))
 
     def put(self, key: str, body: bytes) -> bool:
         """See `Bucket.put`."""
@@ -81,16 +94,13 @@ class HttpBucket:
     def list(self, prefix: str, start_after: str = "") -> Iterator[ListedObject]:
         """See `Bucket.list`."""
         listed = list_sorted if self._config.express else list_in_order
-        return listed(self._get_page, prefix, start_after)
+        return listed(lambda prefix, more: run(self._get_page(prefix, more)), prefix, start_after)
 
     def delete(self, key: str) -> None:
         """See `Bucket.delete`."""
         self._counters.add("delete_requests")
-        try:
-            with self._request("DELETE", key, {}, b"", self._deadline(0)) as (_, body):
-                body.read(_MAX_ERROR_BYTES)
-        except ObjectMissing:
-            return
+        with contextlib.suppress(ObjectMissing):
+            run(self._delete(key))
 
     def server_time(self) -> float:
         """See `Bucket.server_time`."""
@@ -111,27 +121,34 @@ class HttpBucket:
         idle = self._config.read_timeout
         return Deadline(self._config.connect_timeout + idle + length / SLOWEST_BYTES_PER_SECOND, idle)
 
-    def _get_tail(self, key: str, length: int, byte_range: str) -> tuple[bytes, int]:
+    async def _get_tail(self, key: str, length: int, byte_range: str) -> tuple[bytes, int]:
         self._counters.add("get_requests")
-        with self._request("GET", key, {"Range": byte_range}, b"", self._deadline(length)) as (head, body):
+        with await self._request("GET", key, {"Range": byte_range}, b"", self._deadline(length)) as (
+            head,
+            body,
+        ):
             start, end, total = _content_range(key, head)
             if (start, end) != (max(0, total - length), total - 1):
                 raise BadReply(f"GET {key}: asked for the last {length} bytes, got {start}-{end}/{total}")
             data = bytearray(end + 1 - start)
-            self._receive(key, head, body, Parts(iter([memoryview(data)]), len(data)))
+            await self._receive(key, head, body, Parts(iter([memoryview(data)]), len(data)))
         return bytes(data), total
 
-    def _get_page(self, prefix: str, more: Mapping[str, str]) -> Page:
+    async def _get_page(self, prefix: str, more: Mapping[str, str]) -> Page:
         self._counters.add("list_requests")
         query, deadline = page_query(prefix, more), self._deadline(MAX_PAGE_BYTES)
-        with self._request("GET", "", {}, b"", deadline, query, f"LIST {prefix}") as (head, body):
-            page = body.read(MAX_PAGE_BYTES)
+        with await self._request("GET", "", {}, b"", deadline, query, f"LIST {prefix}") as (head, body):
+            page = await body.read(MAX_PAGE_BYTES)
             if len(page) >= MAX_PAGE_BYTES:
                 raise BadReply(f"LIST {prefix}: a page without end")
         self._control.note_time(head.headers.get("date", ""))
         return parse_page(page)
 
-    def _get(self, key: str, offset: int, into: Parts, deadline: Deadline) -> None:
+    async def _delete(self, key: str) -> None:
+        with await self._request("DELETE", key, {}, b"", self._deadline(0)) as (_, body):
+            await body.read(_MAX_ERROR_BYTES)
+
+    async def _get(self, key: str, offset: int, into: Parts, deadline: Deadline) -> None:
         """Make one GET for what is left, and another one for the rest of a body that stalls."""
         start = offset - into.done
         end = offset + into.left - 1
@@ -139,13 +156,13 @@ class HttpBucket:
             self._counters.add("get_requests")
             offset = start + into.done
             headers = {"Range": f"bytes={offset}-{end}"}
-            with self._request("GET", key, headers, b"", deadline) as (head, body):
+            with await self._request("GET", key, headers, b"", deadline) as (head, body):
                 got = _content_range(key, head)
                 if got[:2] != (offset, end):
                     raise BadReply(f"GET {key}: asked for bytes {offset}-{end}, got {got[0]}-{got[1]}")
-                self._receive(key, head, body, into, resumable=True)
+                await self._receive(key, head, body, into, resumable=True)
 
-    def _receive(
+    async def _receive(
         self, key: str, head: ReplyHead, body: Body, into: Parts, *, resumable: bool = False
     ) -> None:
         """Receive a body; a `resumable` one only in part where it stalls and another request is granted."""
@@ -156,20 +173,20 @@ class HttpBucket:
         pace = Pace(hedges.patience())
         try:
             while into.left:
-                slow = self._receive_some(key, body, into, pace)
+                slow = await self._receive_some(key, body, into, pace)
                 if slow and resumable and into.left and hedges.take():
                     self._counters.add("stalled_bodies")
                     return
         finally:
             self._counters.add("get_bytes", into.done - before)
-        if not body.ended and body.readinto(memoryview(bytearray(1))):
+        if not body.ended and await body.readinto(memoryview(bytearray(1))):
             raise BadReply(f"GET {key}: more than the {due} bytes that were due")
 
-    def _receive_some(self, key: str, body: Body, into: Parts, pace: Pace) -> bool:
+    async def _receive_some(self, key: str, body: Body, into: Parts, pace: Pace) -> bool:
         """Receive what comes next, if it comes soon; say whether the body is slow."""
         room, start = into.room(), time.monotonic()
         try:
-            count = body.readinto(room, pace.left())
+            count = await body.readinto(room, pace.left())
         except Stalled:
             count = None
         slow = pace.is_slow(time.monotonic() - start, count or 0)
@@ -182,18 +199,20 @@ class HttpBucket:
         return slow
 
     def _put(self, key: str, body: bytes, conditional: bool) -> None:
+        run(self._send(key, body, conditional))
+
+    async def _send(self, key: str, body: bytes, conditional: bool) -> None:
         self._counters.add("put_requests")
         headers = put_headers(self._config, body)
         if conditional:
             headers["If-None-Match"] = "*"
-        with self._request("PUT", key, headers, body, self._deadline(len(body))) as (head, reply):
-            reply.read(_MAX_ERROR_BYTES)
+        with await self._request("PUT", key, headers, body, self._deadline(len(body))) as (head, reply):
+            await reply.read(_MAX_ERROR_BYTES)
             if "etag" not in head.headers:
                 raise BadReply(f"PUT {key}: not the reply of an S3 server")
         self._counters.add("put_bytes", len(body))
 
-    @contextlib.contextmanager
-    def _request(
+    async def _request(
         self,
         method: str,
         key: str,
@@ -202,36 +221,31 @@ class HttpBucket:
         deadline: Deadline,
         query: str = "",
         what: str = "",
-    ) -> Iterator[tuple[ReplyHead, Body]]:
+    ) -> Reply:
         """Make a request and give its reply if it is a success; expired credentials are renewed once.
 
         Some servers (rclone's) send a part with status 200: what counts is that they say which part it is.
         """
         what = what or f"{method} {key}"
-        with contextlib.ExitStack() as stack:
-            for last_try in (False, True):
-                head, reply = stack.enter_context(
-                    self._exchange.request(method, key, headers, body, deadline, query)
-                )
-                ranged = "Range" in headers
-                if head.status == 206 or (
-                    head.status < 300 and (not ranged or "content-range" in head.headers)
-                ):
-                    yield head, reply
-                    return
+        for last_try in (False, True):
+            reply = await self._exchange.request(method, key, headers, body, deadline, query)
+            head, ranged = reply.head, "Range" in headers
+            if head.status == 206 or (head.status < 300 and (not ranged or "content-range" in head.headers)):
+                return reply
+            with reply:
                 if head.status < 300:
                     raise BadReply(f"{what}: the server ignored the range {headers.get('Range')}")
                 error = error_of(
                     what,
                     head.status,
-                    *read_error(reply.read(_MAX_ERROR_BYTES)),
+                    *read_error(await reply.body.read(_MAX_ERROR_BYTES)),
                     head.headers.get("retry-after"),
                     head.headers.get("date"),
                 )
-                stack.close()
-                if last_try or not isinstance(error, ExpiredCredentials):
-                    raise error
-                self._exchange.renew_credentials()
+            if last_try or not isinstance(error, ExpiredCredentials):
+                raise error
+            self._exchange.renew_credentials()
+        raise AssertionError("unreachable")
 
 
 def put_headers(config: S3Config, body: bytes) -> dict[str, str]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import os
 import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from kvtier.errors import AccessDenied, TierUnavailable
 from kvtier.tiers.s3.bucket import BadReply, BucketTimeout, ConnectionLost
 from kvtier.tiers.s3.http_wire import MAX_HEAD_BYTES, ReplyHead, parse_head
+from kvtier.tiers.s3.waiting import wait_for
 
 _BUFFER_BYTES = 8 << 10
 """Room for a reply's head; the beginning of the body that comes with it is copied, the rest is not."""
 _MAX_LINE_BYTES = 4 << 10
+_PIECE_BYTES = 1 << 20
+_FAIR_BYTES = 4 << 20
+_WAKE_BYTES = 256 << 10
 _MAX_INTERIM_REPLIES = 8
 _MAX_TRAILERS = 32
 
@@ -71,7 +77,9 @@ class Deadline:
 
 
 class Connection:
-    """A connection to an S3 server. One thread at a time.
+    """A connection to an S3 server, for one request at a time.
+
+    Whatever can be done is done at once, and only what cannot is waited for.
 
     Attributes:
         origin: Where to.
@@ -79,56 +87,48 @@ class Connection:
         usable: Whether it may carry another one.
     """
 
-    def __init__(self, origin: Origin, tls: ssl.SSLContext, connect_timeout: float):
-        """Connect.
-
-        Raises:
-            TierUnavailable: Nobody answers there.
-            AccessDenied: The server's certificate is not to be trusted.
-        """
+    def __init__(self, origin: Origin, connected: socket.socket):
+        """Take over a connected socket that does not block; see `connect`."""
         self.origin = origin
         self.reused = False
         self.usable = True
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        where = f"{origin.host}:{origin.port}"
-        try:
-            plain = socket.create_connection((origin.host, origin.port), connect_timeout)
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self._socket = _secured(plain, tls, origin.host) if origin.secure else plain
-        except ssl.SSLCertVerificationError as error:
-            raise AccessDenied(
-                f"{where}: {error.verify_message}; name the file with the server's CA in AWS_CA_BUNDLE"
-            ) from error
-        except TimeoutError as error:
-            raise BucketTimeout(f"{where}: no connection within {connect_timeout:g} s") from error
-        except socket.gaierror as error:
-            raise TierUnavailable(
-                f"{where}: {error.strerror}; check the endpoint (s3: endpoint) and the name service"
-            ) from error
-        except OSError as error:
-            raise TierUnavailable(f"{where}: {error}") from error
+        self._socket = connected
+        self._unwaited = 0
+        self._wakes_at = 1
 
-    def send(self, head: bytes, body: bytes | memoryview, deadline: Deadline) -> None:
+    async def send(self, head: bytes, body: bytes | memoryview, deadline: Deadline) -> None:
         """Send one request.
 
         Raises:
             ConnectionLost: The server has closed the connection; it may have replied before it did.
             BucketTimeout: It does not take the bytes in time.
         """
-        with _translated():
-            self._socket.settimeout(deadline.wait())
-            self._socket.sendall(head)
-            # In pieces, because `sendall` counts its time-out over the whole.
-            for start in range(0, len(body), 1 << 20):
-                self._socket.settimeout(deadline.wait())
-                self._socket.sendall(memoryview(body)[start : start + (1 << 20)])
+        self._wake_at(1)
+        whole = memoryview(body)
+        # In pieces, so that a socket that takes all at once does not outlast the deadline.
+        pieces = [whole[at : at + _PIECE_BYTES] for at in range(0, len(whole), _PIECE_BYTES)]
+        for left in (memoryview(head), *pieces):
+            while left:
+                send = partial(self._socket.send, left)
+                sent = await _when_ready(self._socket, send, select.POLLOUT, deadline.wait())
+                if sent is None:
+                    raise BucketTimeout("the server does not take the request in time")
+                left = left[sent:]
 
-    def is_readable(self, seconds: float) -> bool:
+    async def is_readable(self, seconds: float) -> bool:
         """Wait until something has arrived, or the connection has ended; False after `seconds`."""
-        return self in first_readable([self], seconds)
+        return self in await first_readable([self], seconds)
+
+    def is_quiet(self) -> bool:
+        """Say whether nothing has arrived, the end of the connection included."""
+        if self.has_buffered():
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not poll.poll(0)
 
     def fileno(self) -> int:
         """The socket's descriptor, for `select`."""
@@ -139,7 +139,7 @@ class Connection:
         pending = self._socket.pending() if isinstance(self._socket, ssl.SSLSocket) else 0
         return self._end > self._start or pending > 0
 
-    def read_head(self, deadline: Deadline) -> ReplyHead:
+    async def read_head(self, deadline: Deadline) -> ReplyHead:
         """Receive the head of the reply, passing over interim ones (1xx).
 
         Raises:
@@ -148,22 +148,26 @@ class Connection:
             BucketTimeout: It does not come in time.
         """
         for _ in range(_MAX_INTERIM_REPLIES):
-            head = parse_head(self._read_until(b"\r\n\r\n", MAX_HEAD_BYTES, deadline))
+            head = parse_head(await self._read_until(b"\r\n\r\n", MAX_HEAD_BYTES, deadline))
             if head.status >= 200:
                 return head
         raise BadReply("interim replies without end")
 
-    def read_line(self, deadline: Deadline) -> bytes:
+    async def read_line(self, deadline: Deadline) -> bytes:
         """Receive a line, without the line break that ends it; raises as `read_head` does."""
-        return self._read_until(b"\r\n", _MAX_LINE_BYTES, deadline)
+        return await self._read_until(b"\r\n", _MAX_LINE_BYTES, deadline)
 
-    def receive(self, into: memoryview, deadline: Deadline, patience: float | None = None) -> int:
+    async def receive(
+        self, into: memoryview, deadline: Deadline, patience: float | None = None, *, due: bool = False
+    ) -> int:
         """Receive what is there, up to `len(into)` bytes, at least one.
 
         Args:
             into: Room for the bytes.
             deadline: Of the whole request.
             patience: Seconds after which the caller would like to think about it; None for the deadline's.
+            due: Whether the server has promised to send so many bytes: then they are waited for in larger
+                pieces.
 
         Raises:
             ConnectionLost: The connection has ended.
@@ -177,27 +181,39 @@ class Connection:
             return count
         wait = deadline.wait()
         hurried = patience is not None and patience < wait
-        try:
-            with _translated():
-                self._socket.settimeout(patience if hurried else wait)
-                count = self._socket.recv_into(into)
-        except BucketTimeout as error:
-            if hurried:
-                raise Stalled("nothing has come for a while") from error
-            raise
-        if count == 0:
+        seconds = min(wait, wait if patience is None else patience)
+        if self._unwaited > _FAIR_BYTES:
+            # A server that is faster than we are must not keep the thread from other requests.
+            self._unwaited = 0
+            await wait_for([(self.fileno(), select.POLLIN)], 0.0)
+        receive = partial(self._socket.recv_into, into)
+        self._wake_at(len(into) if due else 1)
+        got = await _when_ready(self._socket, receive, select.POLLIN, seconds)
+        if got is None:
+            raise (
+                Stalled("nothing has come for a while") if hurried else BucketTimeout("nothing came in time")
+            )
+        if got == 0:
             raise ConnectionLost("the server closed the connection")
-        return count
+        self._unwaited += got
+        return got
 
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
 
-    def _read_until(self, mark: bytes, limit: int, deadline: Deadline) -> bytes:
+    def _wake_at(self, count: int) -> None:
+        """Let a wait end once so many bytes have come: threads that wake for every few are mostly awake."""
+        count = min(count, _WAKE_BYTES)
+        if count != self._wakes_at and not isinstance(self._socket, ssl.SSLSocket):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._wakes_at = count
+
+    async def _read_until(self, mark: bytes, limit: int, deadline: Deadline) -> bytes:
         found = bytearray()
         while True:
             if self._start == self._end:
-                self._start, self._end = 0, self.receive(self._view, deadline)
+                self._start, self._end = 0, await self.receive(self._view, deadline)
             searched = max(0, len(found) - len(mark) + 1)
             before = len(found)
             found += self._view[self._start : self._end]
@@ -224,7 +240,7 @@ class Body:
         self.ended = head.length == 0
         """Whether the body has been received to its end."""
 
-    def readinto(self, into: memoryview, patience: float | None = None) -> int:
+    async def readinto(self, into: memoryview, patience: float | None = None) -> int:
         """Receive up to `len(into)` bytes, at least one; 0 at the end of the body.
 
         Args:
@@ -238,32 +254,33 @@ class Body:
             Stalled: Nothing has come for `patience` seconds.
         """
         if self._chunked and self._left == 0 and not self.ended:
-            self._next_chunk()
+            await self._next_chunk()
         if self.ended:
             return 0
         if self._until_close:
             try:
-                return self._connection.receive(into, self._deadline, patience)
+                return await self._connection.receive(into, self._deadline, patience)
             except ConnectionLost:
                 self.ended = True
                 return 0
-        count = self._connection.receive(into[: self._left], self._deadline, patience)
+        count = await self._connection.receive(into[: self._left], self._deadline, patience, due=True)
         self._left -= count
         self.ended = self._left == 0 and not self._chunked
         return count
 
-    def read(self, limit: int) -> bytes:
+    async def read(self, limit: int) -> bytes:
         """Receive the rest of the body, but no more than `limit` bytes and what one look brings."""
         data = bytearray()
         piece = memoryview(bytearray(_BUFFER_BYTES))
-        while len(data) < limit and (count := self.readinto(piece)):
+        while len(data) < limit and (count := await self.readinto(piece)):
             data += piece[:count]
         return bytes(data)
 
-    def _next_chunk(self) -> None:
-        if self._in_chunk and self._connection.read_line(self._deadline):
+    async def _next_chunk(self) -> None:
+        if self._in_chunk and await self._connection.read_line(self._deadline):
             raise BadReply("a chunk does not end where it should")
-        text, _, _ = self._connection.read_line(self._deadline).partition(b";")
+        line = await self._connection.read_line(self._deadline)
+        text, _, _ = line.partition(b";")
         try:
             self._left = _chunk_size(text.strip())
         except ValueError as error:
@@ -271,43 +288,127 @@ class Body:
         self._in_chunk = True
         if self._left == 0:
             for _ in range(_MAX_TRAILERS):
-                if not self._connection.read_line(self._deadline):
+                if not await self._connection.read_line(self._deadline):
                     self.ended = True
                     return
             raise BadReply("trailers without end")
 
 
-def first_readable(connections: list[Connection], seconds: float) -> list[Connection]:
+async def first_readable(connections: list[Connection], seconds: float) -> list[Connection]:
     """Wait until bytes have arrived on one of `connections`, or it has ended; empty after `seconds`."""
     ready = [connection for connection in connections if connection.has_buffered()]
     if ready:
         return ready
-    poll = select.poll()
-    for connection in connections:
-        poll.register(connection, select.POLLIN)
-    numbers = {number for number, _ in poll.poll(max(0.0, seconds) * 1000)}
+    waited = [(connection.fileno(), select.POLLIN) for connection in connections]
+    numbers = await wait_for(waited, seconds)
     return [connection for connection in connections if connection.fileno() in numbers]
 
 
-def _secured(plain: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+async def connect(origin: Origin, tls: ssl.SSLContext, connect_timeout: float) -> Connection:
+    """Connect.
+
+    Raises:
+        TierUnavailable: Nobody answers there.
+        AccessDenied: The server's certificate is not to be trusted.
+    """
+    where = f"{origin.host}:{origin.port}"
     try:
-        return tls.wrap_socket(plain, server_hostname=host)
+        plain = await _connected(origin, connect_timeout)
+        return Connection(origin, await _secured(plain, tls, origin, connect_timeout))
+    except ssl.SSLCertVerificationError as error:
+        raise AccessDenied(
+            f"{where}: {error.verify_message}; name the file with the server's CA in AWS_CA_BUNDLE"
+        ) from error
+    except TimeoutError as error:
+        raise BucketTimeout(f"{where}: no connection within {connect_timeout:g} s") from error
+    except socket.gaierror as error:
+        raise TierUnavailable(
+            f"{where}: {error.strerror}; check the endpoint (s3: endpoint) and the name service"
+        ) from error
+    except (OSError, ConnectionLost) as error:
+        raise TierUnavailable(f"{where}: {error}") from error
+
+
+async def _connected(origin: Origin, seconds: float) -> socket.socket:
+    """Connect to the first address of a host that answers."""
+    failure: OSError = socket.gaierror(socket.EAI_NONAME, "no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        origin.host, origin.port, type=socket.SOCK_STREAM
+    ):
+        plain = socket.socket(family, kind, protocol)
+        try:
+            plain.setblocking(False)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            code = plain.connect_ex(address)
+            if code == errno.EINPROGRESS:
+                if not await wait_for([(plain.fileno(), select.POLLOUT)], seconds):
+                    raise TimeoutError
+                code = plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+        except OSError as error:
+            plain.close()
+            failure = error
+        except BaseException:
+            plain.close()
+            raise
+        else:
+            return plain
+    raise failure
+
+
+async def _secured(
+    plain: socket.socket, tls: ssl.SSLContext, origin: Origin, seconds: float
+) -> socket.socket:
+    if not origin.secure:
+        return plain
+    try:
+        secured = tls.wrap_socket(plain, server_hostname=origin.host, do_handshake_on_connect=False)
     except BaseException:
         plain.close()
         raise
+    try:
+
+        def shake_hands() -> int:
+            secured.do_handshake()
+            return 1
+
+        if await _when_ready(secured, shake_hands, select.POLLIN, seconds) is None:
+            raise TimeoutError
+    except BaseException:
+        secured.close()
+        raise
+    return secured
+
+
+async def _when_ready(
+    waiting: socket.socket, operation: Callable[[], int], events: int, seconds: float
+) -> int | None:
+    """Do something as soon as a socket lets it; None if it does not for `seconds`."""
+    end = None
+    while True:
+        try:
+            return operation()
+        except ssl.SSLWantReadError:
+            wanted = select.POLLIN
+        except ssl.SSLWantWriteError:
+            wanted = select.POLLOUT
+        except BlockingIOError:
+            wanted = events
+        except ssl.SSLCertVerificationError:
+            raise
+        except OSError as error:
+            raise ConnectionLost(f"the connection is lost: {error}") from error
+        now = time.monotonic()
+        end = now + seconds if end is None else end
+        if now >= end:
+            return None
+        # When it is over: less than was waited for may have come.
+        await wait_for([(waiting.fileno(), wanted)], end - now)
 
 
 def _chunk_size(text: bytes) -> int:
     if not 1 <= len(text) <= 15 or not text.isalnum():
         raise ValueError("not a size")
     return int(text, 16)
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError as error:
-        raise BucketTimeout("nothing came or went in time") from error
-    except OSError as error:
-        raise ConnectionLost(f"the connection is lost: {error}") from error

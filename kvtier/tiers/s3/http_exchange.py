@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote, urlsplit
 
@@ -90,8 +89,35 @@ def redirected(address: Address, head: ReplyHead, key: str) -> Address | None:
     return None if moved == address else moved
 
 
+class Reply:
+    """A reply; at its end (it is a context manager) the connection is kept if it can be.
+
+    Attributes:
+        head: Its head.
+        body: Its body, to be received.
+    """
+
+    def __init__(self, head: ReplyHead, body: Body, connection: Connection, pool: ConnectionPool):
+        """Take over the connection, which goes back to `pool`."""
+        self.head = head
+        self.body = body
+        self._connection = connection
+        self._pool = pool
+
+    def __enter__(self) -> tuple[ReplyHead, Body]:
+        """Return head and body."""
+        return self.head, self.body
+
+    def __exit__(self, *error: object) -> None:
+        """Keep the connection, or close it."""
+        if self.body.ended and self.head.keep_alive and self._connection.usable:
+            self._pool.give_back(self._connection)
+        else:
+            self._connection.close()
+
+
 class Exchange:
-    """Makes requests for objects of one bucket. Thread-safe; a thread has one request under way.
+    """Makes requests for objects of one bucket. Thread-safe.
 
     Attributes:
         hedges: What is known about how long requests take, and how many may be made twice.
@@ -121,8 +147,7 @@ class Exchange:
         self._lock = threading.Lock()
         self._address: Address | None = None
 
-    @contextlib.contextmanager
-    def request(
+    async def request(
         self,
         method: str,
         key: str,
@@ -130,8 +155,8 @@ class Exchange:
         body: bytes,
         deadline: Deadline,
         query: str = "",
-    ) -> Iterator[tuple[ReplyHead, Body]]:
-        """Make one request and give head and body of the reply; the connection is kept if it can be.
+    ) -> Reply:
+        """Make one request and give its reply, a context manager.
 
         Args:
             method: HTTP method.
@@ -146,15 +171,8 @@ class Exchange:
             AccessDenied: No credentials, or a certificate that is not to be trusted.
             BadReply: A reply of something that is no HTTP server.
         """
-        connection, head = self._follow(method, key, headers, body, deadline, query)
-        content = Body(connection, head, deadline)
-        try:
-            yield head, content
-        finally:
-            if content.ended and head.keep_alive and connection.usable:
-                self._pool.give_back(connection)
-            else:
-                connection.close()
+        connection, head = await self._follow(method, key, headers, body, deadline, query)
+        return Reply(head, Body(connection, head, deadline), connection, self._pool)
 
     def renew_credentials(self) -> None:
         """Look the credentials up anew for the next request."""
@@ -164,7 +182,7 @@ class Exchange:
         """Close idle connections."""
         self._pool.close()
 
-    def _follow(
+    async def _follow(
         self,
         method: str,
         key: str,
@@ -179,7 +197,7 @@ class Exchange:
             address = self._address
         for _ in range(_MAX_REDIRECTS):
             target = f"{address.target(key)}?{query}" if query else address.target(key)
-            connection, head = self._ask(address, method, target, headers, body, deadline)
+            connection, head = await self._ask(address, method, target, headers, body, deadline)
             # 400 is how a wrong region in the signature is answered.
             moved = redirected(address, head, key) if head.status in _REDIRECTS | {400} else None
             if moved is None:
@@ -194,7 +212,7 @@ class Exchange:
             f"{method} {key}: redirected in a circle; check region and endpoint (s3: region, endpoint)"
         )
 
-    def _ask(
+    async def _ask(
         self,
         address: Address,
         method: str,
@@ -204,16 +222,17 @@ class Exchange:
         deadline: Deadline,
     ) -> tuple[Connection, ReplyHead]:
         head = self._head(address, method, target, headers, body)
-        connection = self._pool.take(address.origin)
+        connection = await self._pool.take(address.origin)
         # Listings take longer than reads, and nobody waits for them.
         hedged = method == "GET" and "?" not in target
         try:
-            return self._exchange(connection, head, body, deadline, hedged)
+            return await self._exchange(connection, head, body, deadline, hedged)
         except ConnectionLost:
             if not connection.reused:
                 raise
             self._counters.add("stale_connections")
-        return self._exchange(self._pool.take(address.origin, fresh=True), head, body, deadline, hedged)
+        fresh = await self._pool.take(address.origin, fresh=True)
+        return await self._exchange(fresh, head, body, deadline, hedged)
 
     def _head(
         self, address: Address, method: str, target: str, headers: Mapping[str, str], body: bytes
@@ -228,50 +247,51 @@ class Exchange:
             signed["Content-Length"] = str(len(body))
         return write_head(method, target, signed)
 
-    def _exchange(
+    async def _exchange(
         self, connection: Connection, head: bytes, body: bytes, deadline: Deadline, hedged: bool
     ) -> tuple[Connection, ReplyHead]:
         """Send a request and receive the head of the reply, perhaps on a second connection."""
         try:
-            self._send(connection, head, body, deadline)
+            await self._send(connection, head, body, deadline)
             if hedged:
-                connection = self._hedged(connection, head, deadline)
-            return connection, connection.read_head(deadline)
+                connection = await self._hedged(connection, head, deadline)
+            return connection, await connection.read_head(deadline)
         except BaseException:
             connection.close()
             raise
 
-    def _send(self, connection: Connection, head: bytes, body: bytes, deadline: Deadline) -> None:
+    async def _send(self, connection: Connection, head: bytes, body: bytes, deadline: Deadline) -> None:
         try:
-            connection.send(head, body, deadline)
+            await connection.send(head, body, deadline)
         except ConnectionLost:
             # A server that refuses a large body replies and closes before it has read it.
             connection.usable = False
-            if not body or not connection.is_readable(_EARLY_REPLY_SECONDS):
+            if not body or not await connection.is_readable(_EARLY_REPLY_SECONDS):
                 raise
 
-    def _hedged(self, connection: Connection, head: bytes, deadline: Deadline) -> Connection:
+    async def _hedged(self, connection: Connection, head: bytes, deadline: Deadline) -> Connection:
         """Wait for the first byte; ask a second time if it is late, and keep what answers first."""
         delay, start = self.hedges.delay(), time.monotonic()
-        late = not connection.is_readable(deadline.wait() if delay is None else min(delay, deadline.wait()))
+        wait = deadline.wait()
+        late = not await connection.is_readable(wait if delay is None else min(delay, wait))
         if late and delay is not None and self.hedges.take():
-            connection = self._race(connection, head, deadline)
+            connection = await self._race(connection, head, deadline)
         self.hedges.report(time.monotonic() - start)
         return connection
 
-    def _race(self, first: Connection, head: bytes, deadline: Deadline) -> Connection:
+    async def _race(self, first: Connection, head: bytes, deadline: Deadline) -> Connection:
         self._counters.add("hedged_requests")
         second: Connection | None = None
         try:
-            second = self._pool.take(first.origin)
-            second.send(head, b"", deadline)
+            second = await self._pool.take(first.origin)
+            await second.send(head, b"", deadline)
         except TierError:
             # The first request is as good as it was before.
             if second is not None:
                 second.close()
             return first
         try:
-            ready = first_readable([first, second], deadline.wait())
+            ready = await first_readable([first, second], deadline.wait())
         except TierError:
             second.close()
             raise

@@ -8,7 +8,7 @@ import threading
 import time
 
 from kvtier.errors import AccessDenied
-from kvtier.tiers.s3.http_connection import Connection, Origin
+from kvtier.tiers.s3.http_connection import Connection, Origin, connect
 
 _IDLE_SECONDS = 20.0
 """Servers close connections that rest for longer, often without a word that arrives."""
@@ -31,7 +31,7 @@ class ConnectionPool:
         self._idle: list[tuple[Connection, float]] = []
         self._closed = False
 
-    def take(self, origin: Origin, *, fresh: bool = False) -> Connection:
+    async def take(self, origin: Origin, *, fresh: bool = False) -> Connection:
         """Return a connection to `origin`, an idle one unless it must be `fresh`.
 
         Raises:
@@ -40,10 +40,10 @@ class ConnectionPool:
         """
         while not fresh and (connection := self._pop(origin)) is not None:
             # What arrives unasked is the end of the connection, or nothing that belongs here.
-            if not connection.is_readable(0):
+            if connection.is_quiet():
                 return connection
             connection.close()
-        return Connection(origin, self._context(), self._connect_timeout)
+        return await connect(origin, self._context(), self._connect_timeout)
 
     def give_back(self, connection: Connection) -> None:
         """Keep a connection whose last reply has been received to its end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -13,12 +14,12 @@ from functools import partial
 
 from kvtier._counters import Counters
 from kvtier._logging import log_once
-from kvtier._workers import Workers
 from kvtier.tiers.base import Deliver
-from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
+from kvtier.tiers.s3.bucket import Bucket, FetchesInTurns, ObjectMissing
 from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex, Location, PackEntry
 from kvtier.tiers.s3.keys import Keys
+from kvtier.tiers.s3.lanes import Lanes
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ MAX_GAP_BYTES = 64 << 10
 """Blocks closer than this are fetched together: a request costs more than the bytes between."""
 _SLOWEST_BYTES_PER_SECOND = 16 << 20
 """A read as a whole that brings less makes no further requests: computing is faster."""
+THREADS = max(2, min(8, os.cpu_count() or 1))
+"""More of them decode no faster, and spend more on waiting for the GIL and for memory."""
 
 
 @dataclass(slots=True)
@@ -80,8 +83,28 @@ def plan_ranges(locations: Sequence[Location], concurrency: int) -> list[RangePl
     return plans
 
 
+class _Buffer:
+    """Where the blocks of one range arrive, one after the other."""
+
+    def __init__(self) -> None:
+        self._kept = memoryview(b"")
+
+    def room(self, length: int) -> memoryview:
+        """Return the same memory again: pages that have been touched once are not cleared again."""
+        if len(self._kept) < length:
+            self._kept = memoryview(bytearray(length))
+        return self._kept[:length]
+
+
+class _Spare(threading.local):
+    """A thread's buffers that no range uses now; they go with the thread."""
+
+    def __init__(self) -> None:
+        self.buffers: list[_Buffer] = []
+
+
 class BlockReader:
-    """Fetches blocks with a pool of threads that all reads share."""
+    """Fetches blocks with a few threads that all reads share."""
 
     def __init__(
         self,
@@ -93,7 +116,7 @@ class BlockReader:
         concurrency: int,
         patience: float,
     ):
-        """Prepare `concurrency` threads; they start when they are needed.
+        """Prepare the threads; they start when they are needed.
 
         Args:
             bucket: Where the packs are.
@@ -109,10 +132,12 @@ class BlockReader:
         self._index = index
         self._health = health
         self._counters = counters
-        self._pool = Workers("s3-read", concurrency)
+        # A bucket whose requests take no turns needs a thread for each.
+        self._fetch_parts = bucket.fetch_parts if isinstance(bucket, FetchesInTurns) else None
+        self._lanes = Lanes("s3-read", THREADS if self._fetch_parts else concurrency, concurrency)
         self._concurrency = concurrency
         self._patience = patience
-        self._buffers = threading.local()
+        self._spare = _Spare()
 
     def read(self, hashes: Sequence[bytes], deliver: Deliver) -> None:
         """Deliver every block of `hashes`, None for those that cannot be had; see `Tier.read`."""
@@ -122,7 +147,7 @@ class BlockReader:
         plans = plan_ranges([location for location in located if location is not None], self._concurrency)
         size = sum(plan.length for plan in plans)
         deadline = time.monotonic() + self._patience + size / _SLOWEST_BYTES_PER_SECOND
-        futures = [self._pool.submit(partial(self._fetch, plan, deliver, deadline)) for plan in plans]
+        futures = [self._lanes.submit(partial(self._fetch, plan, deliver, deadline)) for plan in plans]
         for block_hash, location in zip(hashes, located, strict=True):
             if location is None:
                 self._deliver(deliver, block_hash, None)
@@ -133,50 +158,49 @@ class BlockReader:
 
     def close(self) -> None:
         """Take no more requests; those under way run into their time-outs at worst."""
-        self._pool.close(cancel=True)
+        self._lanes.close()
 
-    def _fetch(self, plan: RangePlan, deliver: Deliver, deadline: float) -> None:
+    async def _fetch(self, plan: RangePlan, deliver: Deliver, deadline: float) -> None:
         """Deliver a range block by block as it arrives: what has come is decoded while the rest is coming."""
         waiting = deque(plan.blocks)
         if time.monotonic() > deadline:
             self._counters.add("late_ranges")
         elif not self._health.breaker.is_open:
-            self._receive(plan, self._parts(plan, waiting, deliver))
+            buffer = self._spare.buffers.pop() if self._spare.buffers else _Buffer()
+            await self._receive(plan, self._parts(plan, waiting, deliver, buffer))
+            self._spare.buffers.append(buffer)
         for location in waiting:
             self._deliver(deliver, location.hash, None)
 
-    def _receive(self, plan: RangePlan, parts: Iterator[memoryview]) -> None:
+    async def _receive(self, plan: RangePlan, parts: Iterator[memoryview]) -> None:
         try:
             with self._health.watched():
-                self._bucket.get_parts(self._keys.pack(plan.pack.name), plan.offset, plan.length, parts)
+                key = self._keys.pack(plan.pack.name)
+                if self._fetch_parts is not None:
+                    await self._fetch_parts(key, plan.offset, plan.length, parts)
+                else:
+                    self._bucket.get_parts(key, plan.offset, plan.length, parts)
         except ObjectMissing:
             self._index.forget(plan.pack)
         except Exception:  # noqa: BLE001 - counted and logged by `watched`; a miss whatever it was
             self._counters.add("failed_ranges")
 
     def _parts(
-        self, plan: RangePlan, waiting: deque[Location], deliver: Deliver
+        self, plan: RangePlan, waiting: deque[Location], deliver: Deliver, buffer: _Buffer
     ) -> Generator[memoryview, None, None]:
         """Give a buffer for each block of a range, and for the gaps; deliver each block when it is full."""
         end = plan.offset
-        payload = self._buffer(0)
+        payload = buffer.room(0)
         for location in plan.blocks:
             if location.offset > end:
-                yield self._buffer(location.offset - end)
+                yield buffer.room(location.offset - end)
             # A block that was asked for twice is fetched once.
             if location.offset >= end:
-                payload = self._buffer(location.length)
+                payload = buffer.room(location.length)
                 yield payload
             waiting.popleft()
             self._deliver(deliver, location.hash, payload.toreadonly())
             end = location.offset + location.length
-
-    def _buffer(self, length: int) -> memoryview:
-        """Return this thread's buffer: pages that have been touched once are not cleared again."""
-        kept: memoryview | None = getattr(self._buffers, "kept", None)
-        if kept is None or len(kept) < length:
-            kept = self._buffers.kept = memoryview(bytearray(length))
-        return kept[:length]
 
     def _deliver(self, deliver: Deliver, block_hash: bytes, payload: memoryview | None) -> None:
         self._counters.add("blocks_missed" if payload is None else "blocks_read")

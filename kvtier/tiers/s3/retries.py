@@ -54,15 +54,30 @@ class Retries:
             try:
                 receive()
             except TierUnavailable as error:
-                pause = self._pause(error, attempt)
-                if not into.left or pause is None or pause >= left() or not self._take():
-                    raise
-                self._sleep(pause)
+                self._sleep(self.pause(error, attempt, into, left()))
             else:
-                with self._lock:
-                    self._budget = min(self._budget + _EARNED, _SAVED_UP)
+                self.succeeded()
                 return attempt
         raise AssertionError("unreachable")
+
+    def pause(self, error: TierUnavailable, attempt: int, into: Parts, left: float) -> float:
+        """Say how many seconds to wait before asking again; where it is not worth it, raise `error`.
+
+        Args:
+            error: How the last attempt ended.
+            attempt: Which one it was, from 0.
+            into: What it was to fill.
+            left: Seconds that are left for all attempts.
+        """
+        pause = self._pause(error, attempt)
+        if not into.left or pause is None or pause >= left or not self._take():
+            raise error
+        return pause
+
+    def succeeded(self) -> None:
+        """Earn a part of a second attempt."""
+        with self._lock:
+            self._budget = min(self._budget + _EARNED, _SAVED_UP)
 
     def _pause(self, error: TierUnavailable, attempt: int) -> float | None:
         if attempt == _MAX_RETRIES or isinstance(error, BucketTimeout):
