@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,6 +16,8 @@ from kvtier.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvtier.tiers.s3.bucket import Bucket
+
+T = TypeVar("T")
 
 ConfigOption = Annotated[
     Path | None,
@@ -47,6 +49,23 @@ def opened_bucket(config: S3Config) -> Iterator[Bucket]:
         yield bucket
     finally:
         bucket.close()
+
+
+def read_option(option: str, text: str, parse: Callable[[object], T]) -> T:
+    """Return the value of an option.
+
+    Args:
+        option: Its name, with dashes.
+        text: What stands behind it.
+        parse: Reads it, or raises ValueError with what is allowed.
+
+    Raises:
+        ConfigError: It is no such value.
+    """
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f'{option}: "{text}" {error}') from error
 
 
 def shows_progress(json_out: bool) -> bool:

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket
+from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket, read_option
 from kvtier.config import format_duration, format_size, parse_duration, parse_size
-from kvtier.errors import ConfigError, KvTierError, TierUnavailable
+from kvtier.errors import KvTierError, TierUnavailable
 
 if TYPE_CHECKING:
     from kvtier.tiers.s3.bucket import Bucket
@@ -54,16 +54,13 @@ def gc(
 
     settings = bucket_settings(config)
     with opened_bucket(settings) as bucket:
-        try:
-            collector = Collector(
-                bucket,
-                settings.prefix,
-                ttl=settings.ttl if ttl is None else parse_duration(ttl),
-                quota=settings.quota if quota is None else parse_size(quota),
-                grace=parse_duration(grace),
-            )
-        except ValueError as error:
-            raise ConfigError(f"--ttl, --quota or --grace {error}") from error
+        collector = Collector(
+            bucket,
+            settings.prefix,
+            ttl=settings.ttl if ttl is None else read_option("--ttl", ttl, parse_duration),
+            quota=settings.quota if quota is None else read_option("--quota", quota, parse_size),
+            grace=read_option("--grace", grace, parse_duration),
+        )
         if dry_run:
             # The first listing tells the server's time.
             next(bucket.list(f"{settings.prefix}/gc/"), None)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvtier.cli.common import ConfigOption, JsonFlag, opened_bucket, shows_progress
+from kvtier.cli.common import ConfigOption, JsonFlag, opened_bucket, read_option, shows_progress
 from kvtier.config import Config, format_size, load_config, parse_size
 from kvtier.errors import ConfigError, CorruptBlock, LayoutError, TierUnavailable
 from kvtier.hashing import Namespace, chain_root, hash_blocks
@@ -135,12 +135,9 @@ def read_prompts(file: Path, encode: Encode) -> Iterator[Prompt]:
 
 
 def _size(option: str, text: str | None) -> int | None:
-    try:
-        size = None if text is None else parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"{option}: {text!r} {error}") from error
+    size = None if text is None else read_option(option, text, parse_size)
     if size == 0:
-        raise ConfigError(f"{option}: {text!r} is nothing")
+        raise ConfigError(f'{option}: "{text}" is nothing')
     return size
 
 

@@ -30,17 +30,17 @@ _THROTTLED = {
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "EntityTooLarge"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "RequestExpired"}
 _DENIED = {
-    "NoSuchBucket": "create the bucket, or correct its name (tiers: s3: bucket)",
-    "InvalidBucketName": "correct the bucket's name (tiers: s3: bucket)",
+    "NoSuchBucket": "create the bucket, or correct its name (s3.bucket)",
+    "InvalidBucketName": "correct the bucket's name (s3.bucket)",
     "InvalidAccessKeyId": "check the access key",
     "SignatureDoesNotMatch": "check the secret key",
-    "AuthorizationHeaderMalformed": "check the region (tiers: s3: region)",
-    "PermanentRedirect": "check the region and the endpoint (tiers: s3: region, endpoint)",
-    "IllegalLocationConstraintException": "check the region (tiers: s3: region)",
+    "AuthorizationHeaderMalformed": "check the region (s3.region)",
+    "PermanentRedirect": "check the region and the endpoint (s3.region, s3.endpoint)",
+    "IllegalLocationConstraintException": "check the region (s3.region)",
     "AccountProblem": "the account is suspended; ask whoever runs it",
     "AllAccessDisabled": "the bucket's owner has closed it; ask whoever runs it",
-    "KMS.DisabledException": "enable the KMS key (tiers: s3: kms_key, or the bucket's)",
-    "KMS.NotFoundException": "check the KMS key (tiers: s3: kms_key, or the bucket's) and its region",
+    "KMS.DisabledException": "enable the KMS key (s3.kms_key, or the bucket's)",
+    "KMS.NotFoundException": "check the KMS key (s3.kms_key, or the bucket's) and its region",
     "KMS.AccessDeniedException": "allow kms:GenerateDataKey and kms:Decrypt on the KMS key",
 }
 _CODE = re.compile(r"<Code>([A-Za-z0-9_.-]{1,80})</Code>")
