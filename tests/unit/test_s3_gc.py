@@ -49,6 +49,9 @@ def test_an_old_pack_leaves_the_index_first_and_the_bucket_after_the_grace_time(
     assert not yard.there(old)
     assert yard.there(young)
     assert yard.listed() == {young.name}
+    # Once is enough, though its tombstone is still there.
+    done = yard.collect(ttl=3 * HOUR)
+    assert (done.deleted, done.revived) == (0, 0)
 
 
 def test_without_grace_both_happen_at_once() -> None:
@@ -200,6 +203,23 @@ def test_what_is_said_of_a_pack_sorts_after_what_was_said_before_whatever_the_cl
     yard.use(chain(WINDOW)[3].hash)
     assert yard.collect(ttl=HOUR).revived == 1
     assert yard.listed() == {old.name}
+
+
+def test_what_was_said_last_holds_whatever_the_clocks() -> None:
+    """A tombstone and, behind it by its name, a segment that was written before that look at the bucket."""
+    yard = Yard()
+    pack = yard.store(chain(WINDOW), publish=False)
+    yard.now += 3 * HOUR
+    now = int(yard.now * 1e9)
+    yard.bucket.put(KEYS.new_tombstone(now), write_tombstone([pack.name], now, NAMESPACE.id))
+    yard.now -= HOUR
+    [body] = write_segments(PackTable.of([pack]), NAMESPACE.id)
+    yard.bucket.put(KEYS.new_segment(now + 1), body)
+    yard.now += 2 * HOUR
+    plan = yard.plan()
+    assert not plan.doomed
+    assert not plan.revived
+    assert yard.listed() == {pack.name}
 
 
 def test_short_packs_become_a_whole_one_and_go() -> None:

@@ -21,6 +21,7 @@ from kvtier import __version__
 from kvtier._counters import Counters
 from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, KvTierError, TierUnavailable
+from kvtier.tiers.s3.absence import absence_told
 from kvtier.tiers.s3.bucket import (
     SLOWEST_BYTES_PER_SECOND,
     BadReply,
@@ -83,20 +84,22 @@ class BotoBucket:
         """See `Bucket.get_parts`."""
         deadline = time.monotonic() + self._config.read_timeout + length / SLOWEST_BYTES_PER_SECOND
         into = Parts(parts, length)
-        attempts = self._retries.receive(
-            lambda: self._get_left(key, offset + into.done, into, deadline),
-            into,
-            lambda: deadline - time.monotonic(),
-        )
+        with absence_told(key, self.list):
+            attempts = self._retries.receive(
+                lambda: self._get_left(key, offset + into.done, into, deadline),
+                into,
+                lambda: deadline - time.monotonic(),
+            )
         self._counters.add("retries", attempts)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""
-        try:
-            return self._get_tail(key, length, f"bytes=-{length}")
-        except RangeMissing:
-            # Some servers have no last 1,000 bytes of an object of 900.
-            return self._get_tail(key, length, f"bytes=0-{length - 1}")
+        with absence_told(key, self.list):
+            try:
+                return self._get_tail(key, length, f"bytes=-{length}")
+            except RangeMissing:
+                # Some servers have no last 1,000 bytes of an object of 900.
+                return self._get_tail(key, length, f"bytes=0-{length - 1}")
 
     def put(self, key: str, body: bytes) -> bool:
         """See `Bucket.put`."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from kvtier._counters import Counters
 from kvtier.config import S3Config
 from kvtier.errors import TierUnavailable
+from kvtier.tiers.s3.absence import absence_told
 from kvtier.tiers.s3.boto_bucket import BotoBucket
 from kvtier.tiers.s3.bucket import (
     SLOWEST_BYTES_PER_SECOND,
@@ -68,24 +69,26 @@ class HttpBucket:
         deadline = self._deadline(length)
         into = Parts(parts, length)
         attempt = 0
-        while True:
-            try:
-                await self._get(key, offset + into.done, into, deadline)
-            except TierUnavailable as error:
-                await wait_for((), self._retries.pause(error, attempt, into, deadline.left()))
-                attempt += 1
-            else:
-                break
+        with absence_told(key, self.list):
+            while True:
+                try:
+                    await self._get(key, offset + into.done, into, deadline)
+                except TierUnavailable as error:
+                    await wait_for((), self._retries.pause(error, attempt, into, deadline.left()))
+                    attempt += 1
+                else:
+                    break
         self._retries.succeeded()
         self._counters.add("retries", attempt)
 
     def get_tail(self, key: str, length: int) -> tuple[bytes, int]:
         """See `Bucket.get_tail`."""
-        try:
-            return run(self._get_tail(key, length, f"bytes=-{length}"))
-        except RangeMissing:
-            # Some servers have no last 1,000 bytes of an object of 900.
-            return run(self._get_tail(key, length, f"bytes=0-{length - 1}"))
+        with absence_told(key, self.list):
+            try:
+                return run(self._get_tail(key, length, f"bytes=-{length}"))
+            except RangeMissing:
+                # Some servers have no last 1,000 bytes of an object of 900.
+                return run(self._get_tail(key, length, f"bytes=0-{length - 1}"))
 
     def put(self, key: str, body: bytes) -> bool:
         """See `Bucket.put`."""

@@ -263,7 +263,6 @@ def _stand(
     found = live.holders.find(rows["before"])
     behind = dead.holders.find(rows["before"])
     rows["parent"] = np.where(found >= 0, found, np.where(behind >= 0, behind + len(live.rows), -1))
-    rows["parent"][(rows["position"] == 0) | (rows["count"] == 0)] = -1
     return rows
 
 

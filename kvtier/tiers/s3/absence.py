@@ -1,0 +1,36 @@
+"""Telling an object that is not there from one that may not be read.
+
+AWS answers 403 for objects that do not exist, unless the credentials may list the bucket
+(https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html, Permissions); that they may list what is
+below a prefix, which is all that a careful policy lets them, may not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from kvtier.errors import AccessDenied, KvTierError
+from kvtier.tiers.s3.bucket import ListedObject, ObjectMissing
+
+
+@contextlib.contextmanager
+def absence_told(key: str, listing: Callable[[str], Iterator[ListedObject]]) -> Iterator[None]:
+    """Turn a refusal to read an object into `ObjectMissing` where a listing says that there is none.
+
+    Costs a LIST request for each refusal; refusals open the breaker at once, so they are few.
+
+    Args:
+        key: The object that is read.
+        listing: Lists what begins with a prefix.
+    """
+    try:
+        yield
+    except AccessDenied as refusal:
+        try:
+            found = next(listing(key), None)
+        except KvTierError:
+            raise refusal from None
+        if found is None or found.key != key:
+            raise ObjectMissing(f"{key}: not listed; the server's answer was: {refusal}") from refusal
+        raise
