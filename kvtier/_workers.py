@@ -44,12 +44,15 @@ class Workers:
         self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._threads: set[threading.Thread] = set()
         self._idle = 0
+        self._ending = False
         self._closed = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Queue a call. Once closed, the future comes back cancelled.
 
-        At the interpreter's end no thread can be started any more: then the call is made here and now.
+        At the interpreter's end no thread can be started any more: then the call is made here and now. Where
+        the process may have no more threads for the moment, it waits until one can be started for a later
+        call: whoever queues it must not be held up.
         """
         future: Future[T] = Future()
         with self._wake:
@@ -58,7 +61,7 @@ class Workers:
                 return future
             if self._idle <= len(self._jobs) and len(self._threads) < self._limit:
                 self._start_thread()
-            if self._threads:
+            if self._threads or not self._ending:
                 self._jobs.append((future, call))
                 self._wake.notify()
                 return future
@@ -94,7 +97,8 @@ class Workers:
         thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
         try:
             thread.start()
-        except RuntimeError:
+        except RuntimeError as error:
+            self._ending = "shutdown" in str(error)
             return
         self._threads.add(thread)
 

@@ -77,3 +77,27 @@ def test_a_job_that_raises_is_logged_and_costs_no_thread(caplog: pytest.LogCaptu
 def test_a_pool_may_be_closed_by_a_thread_of_its_own() -> None:
     pool = Workers("test", 1)
     pool.submit(lambda: pool.close(30)).result(10)
+
+
+def no_threads(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_a_process_that_may_have_no_more_threads_queues_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may be an engine's thread, and the call a read from a bucket that hangs."""
+    pool = Workers("test", 2)
+    with monkeypatch.context() as patch:
+        no_threads(patch, "can't start new thread")
+        waiting = pool.submit(threading.get_ident)
+        assert not waiting.done()
+    later = pool.submit(threading.get_ident)
+    assert threading.get_ident() not in {waiting.result(30), later.result(30)}
+    pool.close(30)
+
+
+def test_at_the_interpreters_end_calls_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_threads(monkeypatch, "can't create new thread at interpreter shutdown")
+    assert Workers("test", 2).submit(threading.get_ident).result(0) == threading.get_ident()
