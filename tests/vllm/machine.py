@@ -39,6 +39,8 @@ from kvtier.vllm import KvTierConnector
 BLOCK, HEAD, LAYERS = 4, 128, 4
 DRAFTS = 3
 JUNK = -1
+# More threads would wait for each other where cores are shared.
+torch.set_num_threads(1)
 PLAIN = {"architectures": ["OPTForCausalLM"], "model_type": "opt"}
 
 
@@ -117,7 +119,8 @@ class Machine:
         )
         self.scheduler.use_v2_model_runner = second_runner
         self.worker = KvTierConnector(config, KVConnectorRole.WORKER, caches)
-        self.worker.register_kv_caches({name: torch.zeros(pages, 1, BLOCK, 2 * HEAD) for name in names})
+        pool = torch.zeros(LAYERS, pages, 1, BLOCK, 2 * HEAD)
+        self.worker.register_kv_caches(dict(zip(names, pool, strict=True)))
         self._planes = self.worker.worker._pool.planes
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         self._rng = random.Random(f"{seed}")
@@ -127,7 +130,6 @@ class Machine:
         init_none_hash(sha256)
         self.requests: dict[str, Request] = {}
         self.said: dict[str, list[int]] = {}
-        self.checked = 0
         self._doubtful: set[str] = set()
 
     @property
@@ -173,6 +175,10 @@ class Machine:
             self.step()
         while self._ordered:
             self._run()
+
+    def preempted(self) -> int:
+        """Return how often requests were paused."""
+        return sum(request.num_preemptions for request in self.requests.values())
 
     def close(self) -> None:
         """End it."""
@@ -228,28 +234,27 @@ class Machine:
         # What ran ahead is given back when the tokens of the step before are known.
         done = min(done, len(text) - 1)
         known = text[: done + count - len(drafts)]
-        wrong = [at for at in range(done) if not self._right(pages, at, known)]
-        assert name in self._doubtful or not wrong, (
-            f"tokens {wrong} of {name} are not what its text makes of them"
-        )
+        marks = chain([*text, *(next_token(text, n) for n in range(len(drafts)))])
+        wrong = self._wrong(pages, marks[:done])
+        assert name in self._doubtful or not wrong, f"tokens {wrong} of {name} are not what its text says"
         for at in range(done, len(known)):
-            self._write(pages, at, JUNK if wrong else mark(known[: at + 1]))
+            self._write(pages, at, JUNK if wrong else marks[at])
         if len(known) < len(text):
             return []
         right = self._rng.randrange(len(drafts) + 1)
-        said = [next_token(text, n) for n in range(right + 1)]
         for n in range(len(drafts)):
             # Those that are not accepted leave something behind in the pages.
-            value = mark([*text, *said[: n + 1]]) if n < right and not wrong else JUNK
-            self._write(pages, len(text) + n, value)
-        return said
+            self._write(pages, len(text) + n, marks[len(text) + n] if n < right and not wrong else JUNK)
+        return [next_token(text, n) for n in range(right + 1)]
 
-    def _right(self, pages: list[int], at: int, text: list[int]) -> bool:
-        expected = mark(text[: at + 1])
-        self.checked += 1
-        return all(
-            bool((plane[pages[at // BLOCK]][..., at % BLOCK, :] == expected).all()) for plane in self._planes
-        )
+    def _wrong(self, pages: list[int], marks: list[int]) -> list[int]:
+        """Return the places whose KV is not what the text up to there makes of it."""
+        blocks = pages[: -(-len(marks) // BLOCK)]
+        good = torch.ones(len(marks), dtype=torch.bool)
+        for plane in self._planes:
+            rows = plane[blocks].movedim(-2, 1).reshape(len(blocks) * BLOCK, LAYERS * HEAD)
+            good &= (rows[: len(marks)] == torch.tensor(marks, dtype=torch.int32)[:, None]).all(1)
+        return (~good).nonzero().flatten().tolist()
 
     def _write(self, pages: list[int], at: int, value: int) -> None:
         if at // BLOCK < len(pages):
@@ -257,9 +262,13 @@ class Machine:
                 plane[pages[at // BLOCK]][..., at % BLOCK, :] = value
 
 
-def mark(text: list[int]) -> int:
-    """Return what the KV of the last token of a text looks like."""
-    return zlib.crc32(repr(text).encode()) & 0x3FFFFFFF
+def chain(text: list[int]) -> list[int]:
+    """Return what the KV of each token of a text looks like."""
+    marks, last = [], 0
+    for token in text:
+        last = zlib.crc32(b"%d" % token, last)
+        marks.append(last & 0x3FFFFFFF)
+    return marks
 
 
 def next_token(text: list[int], ahead: int) -> int:
