@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-from kvtier.errors import CorruptBlock, TierUnavailable
+from kvtier.errors import TierUnavailable
 from kvtier.tiers.s3.gc import GRACE_SECONDS, Interrupted
 from kvtier.tiers.s3.keys import Keys
 from kvtier.tiers.s3.lease import LeaseLost, NoLease
 from kvtier.tiers.s3.pack import read_footer, write_pack
 from kvtier.tiers.s3.pack_table import PackTable
 from kvtier.tiers.s3.segment import write_segments
-from kvtier.tiers.s3.survey import LOST_SECONDS, SETTLED_SECONDS
+from kvtier.tiers.s3.survey import LOST_SECONDS
 from kvtier.tiers.s3.tombstone import read_tombstone, write_tombstone
 from tests.gc_support import HOUR, KEYS, Yard
 from tests.s3_support import NAMESPACE, WINDOW, chain, hashes_of
@@ -220,58 +220,6 @@ def test_what_was_said_last_holds_whatever_the_clocks() -> None:
     assert not plan.doomed
     assert not plan.revived
     assert yard.listed() == {pack.name}
-
-
-def test_short_packs_become_a_whole_one_and_go() -> None:
-    yard = Yard()
-    blocks = chain(2 * WINDOW + 4, size=900)
-    packs = yard.store_chain(blocks, WINDOW, WINDOW + 3, WINDOW + 11, 2 * WINDOW)
-    yard.now += SETTLED_SECONDS + 10
-    assert yard.collect().merged == 1
-    body, whole = write_pack(blocks[WINDOW : 2 * WINDOW], NAMESPACE.id)
-    assert yard.bucket.objects[KEYS.pack(whole.name)] == body
-    assert yard.listed() == {pack.name for pack in packs} | {whole.name}
-    # Every node must have heard of it before the short ones go.
-    yard.now += SETTLED_SECONDS - 5
-    assert yard.collect().condemned == 0
-    yard.now += 15
-    done = yard.collect()
-    assert (done.merged, done.condemned) == (0, 3)
-    yard.now += GRACE_SECONDS + 10
-    assert yard.collect().deleted == 3
-    assert yard.listed() == {packs[0].name, whole.name, packs[4].name}
-    assert {pack.name for pack in packs if yard.there(pack)} == {packs[0].name, packs[4].name}
-
-
-def test_what_is_not_worth_merging_is_left_alone() -> None:
-    yard = Yard()
-    common = chain(4, size=500)
-    # Two chains that part after the fourth block: merged, it would be stored twice.
-    yard.store(common)
-    for seed in (5, 6):
-        yard.store(chain(WINDOW, size=500, seed=seed, prefix=common)[4:])
-    # A window that is not complete yet, and one whose end has only just come.
-    yard.store_chain(chain(9, size=500, seed=7), 3)
-    yard.now += SETTLED_SECONDS + 10
-    yard.store_chain(chain(WINDOW, size=500, seed=8), 3)
-    before = dict(yard.bucket.objects)
-    assert yard.collect().merged == 0
-    assert yard.bucket.objects == before
-
-
-def test_a_corrupt_block_is_not_merged() -> None:
-    yard = Yard()
-    blocks = chain(WINDOW, size=500)
-    yard.store_chain(blocks, 3)
-    yard.now += SETTLED_SECONDS + 10
-
-    def verify(payload: object, block_hash: bytes, namespace: bytes) -> None:
-        if block_hash == blocks[7].hash:
-            raise CorruptBlock("no")
-
-    before = dict(yard.bucket.objects)
-    assert yard.collect(verify=verify).merged == 0
-    assert yard.bucket.objects == before
 
 
 def test_packs_that_no_segment_lists_are_found_once_they_are_old_enough() -> None:

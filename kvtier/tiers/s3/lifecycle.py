@@ -25,6 +25,7 @@ PACK = np.dtype(
         ("parent", "<i8"),
         ("indexed", "?"),
         ("buried", "?"),
+        ("unread", "?"),
         ("superseded", "?"),
     ]
 )
@@ -33,7 +34,8 @@ PACK = np.dtype(
 `parent`: the row of the pack that holds the block before its first one, -1 if no pack does;
 `indexed`: whether it is in the index;
 `buried`: whether a tombstone names it (neither: its footer is of no use);
-`superseded`: whether other packs hold all of its blocks.
+`unread`: whether all of its blocks are read from other packs;
+`superseded`: whether these have been there for so long that it may go.
 """
 Array = np.ndarray[Any, np.dtype[Any]]
 

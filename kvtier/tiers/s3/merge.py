@@ -66,7 +66,7 @@ def mergeable(survey: Survey, window: int, leaving: Iterable[StoredPack]) -> lis
     rows = survey.holdings.rows
     first, behind = rows["position"] % window, (rows["position"] + rows["count"]) % window
     # Whole packs are neither merged nor continued within their window.
-    short = rows["indexed"] & ~rows["superseded"] & ((first != 0) | (behind != 0))
+    short = rows["indexed"] & ~rows["unread"] & ((first != 0) | (behind != 0))
     out = {pack.name for pack in leaving if pack.namespace == survey.name}
     staying = [pack for pack in survey.holdings.stored(short) if pack.name not in out]
     return find_runs(staying, window, survey.taken - SETTLED_SECONDS)

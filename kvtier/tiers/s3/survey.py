@@ -247,7 +247,7 @@ def _stand(
         for name in ("name", "position", "count"):
             part[name] = view.rows[name]
         part["before"], part["last"] = view.rows["parent"], view.lasts
-        part["superseded"] = (view.served == 0) & (not buried)
+        part["unread"] = (view.served == 0) & (not buried)
         part["indexed"], part["buried"] = not buried, buried
         parts.append(part)
     # Nothing is known of these but that there is an object; no chain begins with them.
@@ -267,9 +267,9 @@ def _stand(
 
 
 def _judge_superseded(survey: Survey, live: PackView) -> None:
-    """Take back that a pack is superseded where what takes its place is too new: not all have heard of it."""
+    """Find the packs that may go because others are read instead, and every node has heard of those."""
     rows = survey.holdings.rows
-    for row in np.flatnonzero(rows["superseded"]).tolist():
+    for row in np.flatnonzero(rows["unread"]).tolist():
         pack = survey.index.pack(rows["name"][row].tobytes())
         if pack is not None:
             others = live.holders.find(np.frombuffer(b"".join(pack.hashes), "V16"))
