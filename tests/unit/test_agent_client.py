@@ -78,7 +78,8 @@ class TestEpochs:
         view = client.slot_view(match.slots[0])
         first.end()
         with AgentThread(place):
-            eventually(lambda: client.connected)
+            # It may not have noticed yet that the first agent has ended.
+            eventually(lambda: client.connected and len(prepared) == 2)
             assert prepared == [16 * 4096] * 2
             now[0] = 59.0
             client._link._ring()
