@@ -376,7 +376,8 @@ def test_a_credential_process_is_asked_again_when_the_server_calls_its_keys_expi
         return reply(200, listing) if "list-type" in head else serving(head)
 
     server = serve(answer)
-    bucket = open_bucket(S3Config(bucket="bucket", endpoint=server.endpoint, transport=transport), Counters())
+    config = S3Config(bucket="bucket", endpoint=server.endpoint, transport=transport, read_timeout=20)
+    bucket = open_bucket(config, Counters())
     for _ in range(2):
         assert read(bucket) == DATA[100:50_100]
         assert list(bucket.list("some/")) == []
