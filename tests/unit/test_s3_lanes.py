@@ -129,6 +129,24 @@ def test_a_failure_belongs_to_its_request_alone() -> None:
     lanes.close()
 
 
+def test_a_closed_socket_harms_nobody_else(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, far = pair
+    lanes, got = Lanes("test", 1, 4), []
+
+    async def receive() -> None:
+        got.append(await received(near))
+
+    async def stumble() -> None:
+        await wait_for([(-1, select.POLLIN)], PATIENCE)
+
+    good, bad = lanes.submit(receive), lanes.submit(stumble)
+    assert isinstance(bad.exception(PATIENCE), ValueError)
+    far.send(b"still here")
+    good.result(PATIENCE)
+    assert got == [b"still here"]
+    lanes.close()
+
+
 def test_what_has_not_begun_is_dropped_at_the_end_and_what_has_goes_on(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:

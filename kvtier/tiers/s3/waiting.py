@@ -33,7 +33,13 @@ Request = Coroutine[Wait, list[int], T]
 
 @types.coroutine
 def wait_for(sockets: Sequence[tuple[int, int]], seconds: float) -> Generator[Wait, list[int], list[int]]:
-    """Wait until something happens on one of `sockets`, at most `seconds`; return the descriptors."""
+    """Wait until something happens on one of `sockets`, at most `seconds`; return the descriptors.
+
+    Raises:
+        ValueError: One of them is closed: that must not reach those who wait beside this request.
+    """
+    if any(descriptor < 0 for descriptor, _ in sockets):
+        raise ValueError("a closed socket cannot be waited for")
     return (yield Wait(sockets, time.monotonic() + seconds))
 
 
