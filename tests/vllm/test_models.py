@@ -90,7 +90,7 @@ def test_adapters_do_not_share_blocks(start, tmp_path):
             return engine.ask("counts").get("loaded_tokens", 0) == before + 4 * 32
 
         # Nothing is cached under an adapter before its files have been read.
-        eventually(loads, 60)
+        eventually(loads, 180)
 
 
 REFUSED = {

@@ -22,7 +22,7 @@ def test_two_ranks(node, place):
     plain = EngineProcess(None, home.place / "plain.log", **options)
     engine = StormProcess(home.config, home.place / "engine.log", home.environment, **options)
     home.running += [plain, engine]
-    eventually(lambda: engine.ask("attached"), 60)
+    eventually(lambda: engine.ask("attached"), 180)
     prompts = [prompt(f"two {n}", 4 * 32 + n) for n in range(4)]
     expected = plain.generate(prompts)
     assert engine.generate(prompts) == expected
@@ -33,7 +33,7 @@ def test_two_ranks(node, place):
         assert engine.generate(prompts) == expected
         return engine.ask("counts").get("loaded_tokens", 0) >= before + 4 * 3 * 32
 
-    eventually(loaded, 60)
+    eventually(loaded, 180)
     plan = storm("two", 24, 40)
     right = words(plain, plan)
     check(plan, engine.ask("storm", plan=plan, seed="two", forget=0.1), right)

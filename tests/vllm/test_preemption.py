@@ -49,7 +49,7 @@ def test_cancelled_requests_leave_nothing(engine):
         store = engine.ask("counts")["store"]
         return store["leases"] == store["filling_slots"] == 0
 
-    eventually(clean, 30)
+    eventually(clean, 120)
 
 
 def test_other_salts_share_nothing(engine):

@@ -55,7 +55,7 @@ def nothing_held(engine) -> None:
         store = engine.ask("counts")["store"]
         return store["leases"] == store["filling_slots"] == 0
 
-    eventually(clean, 30)
+    eventually(clean, 120)
 
 
 def words(plain, plan) -> list[list[int]]:
@@ -109,7 +109,7 @@ def test_agent_and_bucket_die(node, bucket, plain, place):
     agent = home.agent()
     engine = StormProcess(home.config, home.place / "engine.log", home.environment, **SMALL)
     home.running.append(engine)
-    eventually(lambda: engine.ask("attached"), 60)
+    eventually(lambda: engine.ask("attached"), 180)
     for turn, name in enumerate(("three", "four", "five")):
         plan = storm(name, 30, NEW)
         expected = words(plain, plan)
@@ -126,7 +126,7 @@ def test_agent_and_bucket_die(node, bucket, plain, place):
         if turn != 0:
             bucket.restart()
         assert check(plan, said, expected) > 0
-        eventually(lambda: engine.ask("attached"), 60)
+        eventually(lambda: engine.ask("attached"), 180)
         again = [{**request, "life": None} for request in plan]
         engine.ask("forget")
         assert check(again, engine.ask("storm", plan=again, seed=f"{name} again"), expected) == len(plan)
