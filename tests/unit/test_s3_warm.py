@@ -50,6 +50,20 @@ def test_the_hottest_come_first_each_after_its_beginning() -> None:
     assert hottest(index, aged, NOW, 1 << 30)[0].hashes == packs["w"][0].hashes
 
 
+def test_a_beginning_that_many_share_is_as_hot_as_they_are_together() -> None:
+    common = chain(4, size=100)
+    ends = [chain(8, size=100, seed=seed, prefix=common) for seed in (5, 6)]
+    other = chain(4, size=100, seed=7)
+    index = BlockIndex()
+    shared = packs_of(common)
+    index.add(shared)
+    index.add([packs_of(end, 4)[1] for end in ends])
+    index.add(packs_of(other))
+    uses = {end[-1].hash: Use(4.0, NOW) for end in ends} | {other[-1].hash: Use(6.0, NOW)}
+    order = [wanted.hashes for wanted in hottest(index, uses, NOW, 1 << 30)]
+    assert order[:2] == [shared[0].hashes, tuple(hashes_of(other))]
+
+
 def test_short_packs_that_a_whole_one_replaces_are_not_brought() -> None:
     blocks = chain(WINDOW, size=100)
     index = BlockIndex()
