@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,13 @@ from tests.trtllm_support import write_config
 
 VOCABULARY = 1000
 TOKENS_PER_BLOCK = 8
+
+
+def patient_config(place: Path) -> Path:
+    """Write a configuration with a disk. On a busy machine a read takes longer than lookups wait by default."""
+    file = write_config(place, disk=True)
+    file.write_text(file.read_text() + "lookup_wait: 5s\n")
+    return file
 
 
 @dataclass
@@ -108,7 +116,7 @@ def test_outputs_are_the_same_with_and_without_the_connector(
     config = random_config(rng, version, layout, overlap)
     requests = random_requests(rng, 8)
     # 1 MiB is 85 slots here: room for some of the blocks, the rest goes through the disk.
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path, disk=True)))
+    monkeypatch.setenv("KVTIER_CONFIG", str(patient_config(tmp_path)))
     expected = run(config, requests, seed, connected=False)
     cold = run(config, requests, seed, cancelling=0.2)
     gc.collect()
@@ -145,7 +153,7 @@ def test_a_second_engine_is_served_by_the_first(tmp_path, monkeypatch):
 
 
 def test_the_next_turn_loads_the_answer_of_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path, disk=True)))
+    monkeypatch.setenv("KVTIER_CONFIG", str(patient_config(tmp_path)))
     config = EngineConfig(num_blocks=128, tokens_per_block=TOKENS_PER_BLOCK, overlap=True)
     connector = {"leader_class": KvTierConnectorLeader, "worker_class": KvTierConnectorWorker}
     engine = Engine(HashModel(layers=3, head_dim=64), config, **connector)
