@@ -21,7 +21,7 @@ TOKENS_PER_BLOCK = 8
 
 
 def patient_config(place: Path) -> Path:
-    """Write a configuration with a disk. On a busy machine a read takes longer than lookups wait by default."""
+    """Write a configuration with a disk; a busy machine's reads take longer than lookups wait by default."""
     file = write_config(place, disk=True)
     file.write_text(file.read_text() + "lookup_wait: 5s\n")
     return file
