@@ -179,7 +179,8 @@ class MemoryTier:
             if self._closed:
                 return [None] * len(hashes)
             self._generation = self._generation % _GENERATIONS + 1
-            asked = [slot for slot in map(ready.get, hashes) if slot is not None and slot in idle]
+            found = dict.fromkeys(map(ready.get, hashes))
+            asked = [slot for slot in found if slot is not None and slot in idle]
             for slot in asked:
                 idle.pop(slot, None)
             for block_hash in hashes:

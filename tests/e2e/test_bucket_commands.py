@@ -223,7 +223,9 @@ def test_rebuild_index_finds_packs_that_no_segment_lists(s3_bucket: S3Place, run
     blocks = fill(s3_bucket)
     packs = keys(s3_bucket, "packs")
     s3_bucket.delete(keys(s3_bucket, "index"))
-    assert report_of(run("verify", "--json"))["namespaces"][NAMESPACE.hex]["unlisted"] == len(packs)
+    assert keys(s3_bucket, "index") == []
+    found = report_of(run("verify", "--json"))["namespaces"][NAMESPACE.hex]
+    assert (found["packs"], found["unlisted"], found["damages"]) == (len(packs), len(packs), [])
     rows = report_of(run("rebuild-index", "--json"))["namespaces"]
     assert rows == {NAMESPACE.hex: {"recovered": len(packs), "packs": len(packs), "blocks": len(blocks)}}
     assert len(keys(s3_bucket, "index")) == 1

@@ -300,6 +300,12 @@ class TestEviction:
         add(tier, 5)
         assert present(tier, 1, 2, 4, 5) == [1, 4, 5]
 
+    def test_asking_twice_in_one_call_changes_no_order(self) -> None:
+        tier = filled(2, 1, 2)
+        tier.reserve(hashes(1, 2, 1))
+        add(tier, 3)
+        assert present(tier, 1, 2, 3) == [1, 3]
+
     def test_the_tail_of_a_chain_goes_before_its_head(self) -> None:
         tier = filled(4, 4)
         tickets = [ticket for ticket in tier.reserve(hashes(1, 2, 3)) if ticket is not None]
