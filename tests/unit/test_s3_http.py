@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +123,19 @@ def test_any_bytes_parse_or_are_bad_replies(data: bytes) -> None:
             continue
         assert 100 <= head.status <= 599
         assert head.length is None or head.length >= 0
+
+
+def test_blanks_take_no_longer_than_letters() -> None:
+    """A pattern that tries all ways to share out 30,000 blanks takes seconds, and all threads wait."""
+
+    def seconds(filling: bytes) -> float:
+        start = time.thread_time()
+        for _ in range(5):
+            assert parse_head(b"HTTP/1.1 200 OK\r\na: x" + filling * 30_000 + b"y ").headers["a"][-1] == "y"
+        return time.thread_time() - start
+
+    letters = min(seconds(b"z") for _ in range(3))
+    assert seconds(b" ") < 1000 * letters
 
 
 def test_headers_cannot_smuggle_lines() -> None:

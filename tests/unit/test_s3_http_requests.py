@@ -107,6 +107,8 @@ def test_redirects_go_to_no_worse_place() -> None:
     assert moved(location="https://bucket.s3.amazonaws.com/other") is None
     assert moved(location="/a/key") is None
     assert moved() is None
+    for nowhere in ("https://[bad/a/key", "https://elsewhere:99999/a/key", "https://elsewhere:x/a/key"):
+        assert moved(location=nowhere) is None
     there = moved(x_amz_bucket_region="eu-west-1")
     assert there == Address(Origin(True, "bucket.s3.eu-west-1.amazonaws.com", 443), "", "eu-west-1")
     assert moved(location="https://elsewhere:444/b/a/key") == Address(
@@ -316,6 +318,11 @@ def test_errors_say_what_to_do(status: int, code: str, kind: type[KvTierError], 
 def test_retry_after() -> None:
     assert retry_after(None) is None
     assert retry_after("nonsense") is None
+    for endless in (
+        "Wed, 21 Oct 2015 07:28:00 +99999999999999999",
+        "Wed, 99999999999999999999 Oct 2015 07:28:00",
+    ):
+        assert retry_after(endless) is None
     assert retry_after("nan") is None
     assert retry_after("3") == 3
     assert retry_after("-3") == 0
@@ -324,7 +331,13 @@ def test_retry_after() -> None:
 
 
 def test_clocks_that_differ() -> None:
-    assert clock_advice(None) == clock_advice("nonsense") == "set this machine's clock (NTP)"
+    endless = "Wed, 21 Oct 2015 07:28:00 +99999999999999999"
+    assert (
+        clock_advice(endless)
+        == clock_advice(None)
+        == clock_advice("nonsense")
+        == "set this machine's clock (NTP)"
+    )
     assert "behind" in clock_advice("Wed, 21 Oct 2215 07:28:00 GMT")
 
 

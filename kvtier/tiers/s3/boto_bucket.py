@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import email.utils
 import hashlib
 import re
 import threading
@@ -35,7 +34,7 @@ from kvtier.tiers.s3.bucket import (
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.listing import Page, list_in_order, list_sorted
-from kvtier.tiers.s3.replies import error_of
+from kvtier.tiers.s3.replies import error_of, seconds_of
 from kvtier.tiers.s3.retries import Retries
 from kvtier.tiers.s3.signing import open_session
 
@@ -47,7 +46,7 @@ T = TypeVar("T")
 
 _CHUNK_BYTES = 128 << 10
 """A body is read in pieces of this size, with a look at its deadline after each; smaller ones cost CPU."""
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _MD5_OPERATIONS = ("DeleteObjects", "PutBucketLifecycleConfiguration")
 """Older servers want Content-MD5 here and take no newer checksum instead."""
 _BOTO_ERRORS = (
@@ -127,8 +126,9 @@ class BotoBucket:
 
     def note_time(self, date: str) -> None:
         """Take over the server's time from the Date header of a listing that has just been received."""
-        with contextlib.suppress(ValueError):
-            self._time_told = (email.utils.parsedate_to_datetime(date).timestamp(), time.monotonic())
+        moment = seconds_of(date)
+        if moment is not None:
+            self._time_told = (moment, time.monotonic())
 
     def place(self) -> tuple[str, str]:
         """Return the endpoint's URL and the region that botocore has found for this configuration.

@@ -73,7 +73,11 @@ def redirected(address: Address, head: ReplyHead, key: str) -> Address | None:
         aws = _AWS_HOST.fullmatch(address.origin.host)
         host = f"{aws['front']}.{region}{aws['end']}" if aws else address.origin.host
         return replace(address, region=region, origin=replace(address.origin, host=host))
-    parts = urlsplit(head.headers.get("location", ""))
+    try:
+        parts = urlsplit(head.headers.get("location", ""))
+        port = parts.port
+    except ValueError:
+        return None
     target = unquote(parts.path)
     if (
         parts.scheme not in ("http", "https")
@@ -84,7 +88,7 @@ def redirected(address: Address, head: ReplyHead, key: str) -> Address | None:
     ):
         return None
     secure = parts.scheme == "https"
-    origin = Origin(secure, parts.hostname, parts.port or (443 if secure else 80))
+    origin = Origin(secure, parts.hostname, port or (443 if secure else 80))
     moved = Address(origin, quote(target[: -len(key) - 1], safe="/-._~"), address.region)
     return None if moved == address else moved
 

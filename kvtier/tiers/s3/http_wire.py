@@ -12,7 +12,8 @@ MAX_HEAD_BYTES = 32 << 10
 """A longer reply head is no S3 server's."""
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*")
+# What surrounds a value is stripped afterwards: a pattern that does it takes seconds for 30,000 blanks.
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\x00]*)")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _BODILESS = {204, 304}
 
@@ -60,7 +61,7 @@ def parse_head(data: bytes) -> ReplyHead:
         field = _FIELD.fullmatch(line)
         if field is None:
             raise BadReply(f"not a header of HTTP: {line[:80]!r}")
-        name, value = field[1].decode("ascii").lower(), field[2].decode("latin-1")
+        name, value = field[1].decode("ascii").lower(), field[2].strip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     status, coding = int(match[2]), headers.get("transfer-encoding")
     if coding is not None and (coding.lower() != "chunked" or "content-length" in headers):

@@ -113,7 +113,9 @@ def parse_page(body: bytes) -> Page:
     about: dict[str, str] = {}
     found: list[dict[str, str]] = []
     fields = about
-    for name, value in _FIELD.findall(text):
+    # One by one: finding all at once keeps every other thread waiting, for a second if they are many.
+    for field in _FIELD.finditer(text):
+        name, value = field[1], field[2]
         if name == "Contents":
             found.append(fields := {})
         elif name == "/Contents":

@@ -69,6 +69,14 @@ def read_error(body: bytes) -> tuple[str, str]:
     return code[1] if code else "", message[1] if message else ""
 
 
+def seconds_of(date: str) -> float | None:
+    """Return the seconds since 1970 that the date of a header means; None if it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
 def retry_after(value: str | None) -> float | None:
     """Return the seconds that a Retry-After header asks for, at most five minutes; None without one."""
     if not value:
@@ -76,19 +84,19 @@ def retry_after(value: str | None) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        moment = seconds_of(value)
+        if moment is None:
             return None
+        seconds = moment - time.time()
     return min(max(0.0, seconds), LONGEST_RETRY_AFTER) if seconds == seconds else None
 
 
 def clock_advice(date: str | None) -> str:
     """Say by how much this machine's clock differs from the one that a Date header tells."""
-    try:
-        ahead = time.time() - email.utils.parsedate_to_datetime(date or "").timestamp()
-    except ValueError:
+    moment = seconds_of(date or "")
+    if moment is None:
         return "set this machine's clock (NTP)"
+    ahead = time.time() - moment
     relation = "ahead of" if ahead > 0 else "behind"
     return f"this machine's clock is {abs(ahead):.0f} s {relation} the server's; set it (NTP)"
 
