@@ -9,6 +9,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+# Here, so that an engine's first store does not wait for the compiler.
+import kvtier.codec.native
+import kvtier.codec.nibble_codec  # noqa: F401
 from kvtier.agent.http import HealthServer
 from kvtier.agent.place import HTTP, agent_directory, make_directory, take_lock
 from kvtier.agent.room import ask_for_room

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from kvtier.codec import native
-from kvtier.codec.byte_codec import WORTH_IT, ByteCodec
 from kvtier.codec.format import (
     ID_BYTES,
     MAX_ALIGNMENT,
@@ -17,8 +16,10 @@ from kvtier.codec.format import (
     PLANES,
     RAW,
     TOTAL_BYTES_AT,
+    WORTH_IT,
     BlockHeader,
     Buffer,
+    Bytes,
     Expected,
     Piece,
     Section,
@@ -28,14 +29,15 @@ from kvtier.codec.format import (
     pack_header,
     read_header,
 )
-from kvtier.codec.kernels import Bytes
-from kvtier.codec.native import NativeDecoder
-from kvtier.codec.nibble_codec import NibbleCodec
 from kvtier.codec.nibbles import nibble_shape
 from kvtier.codec.slots import PlaneSlots, RawSlots, SlotForm
 from kvtier.codec.source import StoredFile
 from kvtier.errors import CorruptBlock, SlotMisfit
 from kvtier.layout import BlockLayout
+
+if TYPE_CHECKING:
+    from kvtier.codec.native import NativeDecoder
+    from kvtier.codec.nibble_codec import NibbleCodec
 
 ALIGNMENT = 64
 """The rest begins at a multiple: copies are as fast as between whole pages, and next to nothing is lost."""
@@ -76,13 +78,18 @@ class BlockCodec:
         self.form = form if form is not None else RawSlots(layout)
         self._planes = self.form if isinstance(self.form, PlaneSlots) else None
         self.max_encoded_bytes = MAX_ALIGNMENT + layout.block_bytes
+        # Not before a codec is wanted: an engine whose blocks an agent encodes and decodes needs no numba.
+        from kvtier.codec import native
+        from kvtier.codec.byte_codec import ByteCodec
+        from kvtier.codec.nibble_codec import NibbleCodec
+
         self._bytes = ByteCodec(layout)
         # Blocks name the size of their heads; another than this node's own is rare.
         shape = nibble_shape(layout)
         self._nibbles = NibbleCodec(shape) if shape is not None else None
         self._native: NativeDecoder | None = None
         if self._nibbles is not None and native.functions is not None:
-            self._native = NativeDecoder(self._nibbles.shape, self._nibbles.frames, self._planes)
+            self._native = native.NativeDecoder(self._nibbles.shape, self._nibbles.frames, self._planes)
             # Up to the total length.
             self._fixed = pack_fixed(
                 NIBBLES, layout, len(self._nibbles.sections), 0, bytes(ID_BYTES), self.namespace
@@ -191,6 +198,8 @@ class BlockCodec:
         shape = nibble_shape(header.layout)
         if shape is None:
             raise CorruptBlock(f"no nibbles can be made of {header.layout}")
+        from kvtier.codec.nibble_codec import NibbleCodec
+
         return NibbleCodec(shape)
 
     def _pays(self, pieces: Sequence[Piece]) -> bool:

@@ -8,13 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kvtier.codec.format import PLAIN, ZSTD, Expected, Piece
-from kvtier.codec.kernels import Bytes
+from kvtier.codec.format import PLAIN, WORTH_IT, ZSTD, Bytes, Expected, Piece
 from kvtier.codec.planes import Scheme, decompress, decompressor, frame_cuts, scheme_for
 from kvtier.layout import BlockLayout
-
-WORTH_IT = 0.95
-"""What does not shrink below this is stored raw: decoding it would cost more than it saves."""
 
 
 class _Workspace(threading.local):

@@ -6,14 +6,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from kvtier.errors import CorruptBlock, LayoutError
 from kvtier.layout import BlockLayout
 
 Buffer = bytes | bytearray | memoryview
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 MAGIC = b"KVTBLOCK"
 VERSION = 1
@@ -28,6 +31,9 @@ there as they are and the upper two in one zstd frame."""
 
 MAX_ALIGNMENT = 4096
 """Plain sections start at a multiple of a power of two up to this; the gap before them is zero."""
+
+WORTH_IT = 0.95
+"""What does not shrink below this is stored raw: decoding it would cost more than it saves."""
 
 ID_BYTES = 16
 """Bytes of a block hash and of a namespace id."""

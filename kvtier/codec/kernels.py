@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit, types
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+from kvtier.codec.format import Bytes
+
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 PAIR_DISTANCE = 128

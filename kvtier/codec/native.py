@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from llvmlite import binding
 
-from kvtier.codec.format import FIXED_BYTES, Buffer, header_bytes
-from kvtier.codec.kernels import Bytes
+from kvtier.codec.format import FIXED_BYTES, Buffer, Bytes, header_bytes
 from kvtier.codec.nibbles import NibbleShape
 from kvtier.codec.planes import MAX_FRAME_BYTES
 from kvtier.codec.slots import PlaneSlots

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvtier.codec.format import PLAIN, SPLIT, ZSTD, Expected, Piece, Section
-from kvtier.codec.kernels import Bytes, join_halves, split_halves
+from kvtier.codec.format import PLAIN, SPLIT, ZSTD, Bytes, Expected, Piece, Section
+from kvtier.codec.kernels import join_halves, split_halves
 from kvtier.codec.nibble_kernels import escapes_ascend
 from kvtier.codec.nibbles import NibbleShape, Planes
 from kvtier.codec.planes import MAX_FRAME_BYTES, decompress, decompressor, frame_cuts, huffman_only

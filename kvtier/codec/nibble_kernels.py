@@ -18,14 +18,11 @@ All arrays are C-contiguous bytes, at any address, and the kernels hold no GIL:
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import types
 
-from kvtier.codec.kernels import Bytes, compiled
-
-Words = np.ndarray[Any, np.dtype[np.uint32]]
+from kvtier.codec.format import Bytes, Words
+from kvtier.codec.kernels import compiled
 
 ESCAPE = 15
 """The nibble of an element whose exponent stands in the list."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvtier.codec import nibble_kernels as kernels
-from kvtier.codec.kernels import Bytes
-from kvtier.codec.nibble_kernels import Words
+from kvtier.codec.format import Bytes, Words
 from kvtier.layout import ITEM_BYTES, BlockLayout
 
 MAX_ELEMENTS = 1 << 24
@@ -56,6 +54,7 @@ class NibbleShape:
         rest: Shape of the rest.
         elements: Elements of the shard.
         max_escapes: Escapes that it may have.
+        kernels: What takes shards of this dtype apart, and what puts them together.
     """
 
     layout: BlockLayout
@@ -65,6 +64,7 @@ class NibbleShape:
     rest: tuple[int, ...]
     elements: int
     max_escapes: int
+    kernels: tuple[Callable[..., int], Callable[..., None]] = field(repr=False)
 
     @property
     def base_bytes(self) -> int:
@@ -92,7 +92,7 @@ class NibbleShape:
 
     def split(self, raw: Bytes, planes: Planes) -> None:
         """Take a shard apart, `raw` being its bytes in any shape."""
-        split: Callable[..., int] = _SPLITS[self.layout.dtype]
+        split, _ = self.kernels
         planes.count = split(raw.reshape(self.raw), planes.bases, planes.nibbles, planes.rest, planes.escapes)
 
     def merge(self, planes: Planes, raw: Bytes) -> None:
@@ -102,7 +102,7 @@ class NibbleShape:
             planes: The shard.
             raw: Contiguous room for its bytes, of any shape.
         """
-        merge: Callable[..., None] = _MERGES[self.layout.dtype]
+        _, merge = self.kernels
         merge(
             raw.reshape(self.raw), planes.bases, planes.nibbles, planes.rest, planes.escapes[: planes.count]
         )
@@ -115,8 +115,11 @@ def nibble_shape(layout: BlockLayout) -> NibbleShape | None:
     one channel, and for shards of more than `MAX_ELEMENTS`.
     """
     elements = layout.shard_bytes // ITEM_BYTES[layout.dtype]
-    if layout.dtype not in _SPLITS or not layout.head_dim or elements > MAX_ELEMENTS:
+    if layout.dtype not in ("bfloat16", "float8_e4m3fn") or not layout.head_dim or elements > MAX_ELEMENTS:
         return None
+    # Not before a shape is wanted: an engine whose blocks an agent encodes and decodes needs no numba.
+    from kvtier.codec import nibble_kernels as kernels
+
     tokens, dim = layout.tokens_per_block, layout.head_dim
     pairs, heads = (tokens + 1) // 2, layout.row_elements // (tokens * dim)
     rows, channels = (layout.layers, layout.kv_factor, heads), (layout.kv_factor, layout.layers, heads)
@@ -128,8 +131,7 @@ def nibble_shape(layout: BlockLayout) -> NibbleShape | None:
         rest=(*rows, tokens if layout.dtype == "bfloat16" else pairs, dim),
         elements=elements,
         max_escapes=max(1, elements // ESCAPE_SHARE),
+        kernels=(kernels.split_bf16, kernels.merge_bf16)
+        if layout.dtype == "bfloat16"
+        else (kernels.split_e4m3, kernels.merge_e4m3),
     )
-
-
-_SPLITS = {"bfloat16": kernels.split_bf16, "float8_e4m3fn": kernels.split_e4m3}
-_MERGES = {"bfloat16": kernels.merge_bf16, "float8_e4m3fn": kernels.merge_e4m3}

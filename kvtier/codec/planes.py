@@ -11,7 +11,7 @@ import numpy as np
 import zstandard
 
 from kvtier.codec import kernels
-from kvtier.codec.kernels import Bytes
+from kvtier.codec.format import Bytes
 from kvtier.errors import CorruptBlock
 from kvtier.layout import ITEM_BYTES, BlockLayout
 

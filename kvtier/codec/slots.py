@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvtier.codec.kernels import Bytes
+from kvtier.codec.format import Bytes
 from kvtier.codec.nibbles import NibbleShape, Planes, nibble_shape
 from kvtier.layout import BlockLayout
 
