@@ -63,6 +63,10 @@ class VirtualGpu:
         self._weights.append(self._rng.choice([0.02, 0.3, 1.0]))
         return self._streams[-1]
 
+    def numbered(self, handle: int) -> VirtualStream:
+        """Return the stream with this handle."""
+        return self._streams[handle - 1]
+
     def run(self, stream: VirtualStream, kernel: Callable[[], None]) -> None:
         stream.enqueue(kernel)
 
@@ -74,7 +78,7 @@ class VirtualGpu:
         for index in range(len(sizes)):
             part = slice(index, index + 1)
             ranges = destinations[part].copy(), sources[part].copy(), sizes[part].copy()
-            self._streams[stream - 1].enqueue(lambda ranges=ranges: copy_on_host(*ranges, 0))
+            self.numbered(stream).enqueue(lambda ranges=ranges: copy_on_host(*ranges, 0))
 
     def run_one(self) -> None:
         """Run one operation of a random stream whose next one can run."""

@@ -216,9 +216,12 @@ class CudaTransfers:
         """Enqueue copies between what the engine has enqueued and what it will."""
         engines = self._engines(stream)
         self._load_stream.wait_stream(engines)
-        self.mover.load(blocks, self._load_stream.cuda_stream)
-        event = self._load_stream.record_event()
-        engines.wait_event(event)
+        try:
+            self.mover.load(blocks, self._load_stream.cuda_stream)
+        finally:
+            # Copies made before one failed are under way all the same: what is computed instead comes after.
+            event = self._load_stream.record_event()
+            engines.wait_event(event)
         self._loads.append(_Pending(event, 0, partial(done, True)))
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:

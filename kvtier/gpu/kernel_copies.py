@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvtier.gpu.copies import Addresses, Copy
+from kvtier.gpu.tables import Tables
+
+RANGES = 16384
+TABLES = 16
+"""Ranges of one launch, and launches that may be under way: 4 MiB of their addresses."""
 
 _SPAN = 512
 _WARPS = 4
@@ -29,7 +35,7 @@ class KernelCopies:
     """
 
     def __init__(self, device: torch.device, others: Copy, size: int, library: Any = None) -> None:
-        """Compile the kernel. Waits for the GPU.
+        """Take memory, and compile the kernel. Waits for the GPU.
 
         Args:
             device: The GPU that copies.
@@ -51,7 +57,9 @@ class KernelCopies:
         self._device = device
         self._others = others
         self._size = size
-        self._warm_up()
+        with torch.cuda.device(device):
+            self._tables = Tables(device, 2 * RANGES, TABLES)
+            self._warm_up()
 
     def __call__(self, destinations: Addresses, sources: Addresses, sizes: Addresses, stream: int) -> None:
         """Enqueue copies; see `Copy`.
@@ -66,9 +74,9 @@ class KernelCopies:
             if (sizes != self._size).any() or not (self._reaches(destinations) and self._reaches(sources)):
                 self._others(destinations, sources, sizes, stream)
                 return
-            ranges = torch.from_numpy(np.stack([destinations, sources], 1).view(np.int64))
-            # The pinned memory is not used again before it has been read, nor the GPU's on another stream.
-            self._launch(ranges.pin_memory().to(self._device, non_blocking=True))
+            ranges = np.stack([destinations, sources], 1).view(np.int64)
+            for first in range(0, len(ranges), RANGES):
+                self._launch(ranges[first : first + RANGES], external)
 
     def _reaches(self, addresses: Addresses) -> bool:
         """Say whether a kernel can read and write at these addresses, which lie in one arena or one pool."""
@@ -81,15 +89,15 @@ class KernelCopies:
         status = self._attribute(ctypes.byref(found), _DEVICE_POINTER, address)
         return status == 0 and found.value == address
 
-    def _launch(self, ranges: torch.Tensor) -> None:
+    def _launch(self, ranges: NDArray[np.int64], stream: Any) -> None:
         words = self._size // 8
-        grid = (ranges.shape[0], -(-words // _SPAN))
-        self._kernel[grid](ranges, words, _SPAN, num_warps=_WARPS)
+        grid = (len(ranges), -(-words // _SPAN))
+        with self._tables.lend(ranges.reshape(-1), stream) as table:
+            self._kernel[grid](table, words, _SPAN, num_warps=_WARPS)
 
     def _warm_up(self) -> None:
         """Run the kernel once: compiling and loading it waits for the whole GPU."""
         block = torch.zeros(2, self._size, dtype=torch.uint8, device=self._device)
-        ranges = torch.tensor([[block[1].data_ptr(), block[0].data_ptr()]], device=self._device)
-        with torch.cuda.device(self._device):
-            self._launch(ranges)
-            torch.cuda.synchronize(self._device)
+        ranges = np.array([[block[1].data_ptr(), block[0].data_ptr()]], np.int64)
+        self._launch(ranges, torch.cuda.current_stream())
+        torch.cuda.synchronize(self._device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from kvtier.codec import PlaneSlots, SlotForm
 from kvtier.connector.transfer import CudaTransfers, HostTransfers, Mover, RawMover, Transfers
-from kvtier.errors import ConfigError
 from kvtier.gpu.copies import CudaCopies, copy_on_host
-from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
+from kvtier.gpu.plane_movers import mover_of_planes
 from kvtier.trtllm.pool import Pool
 
 
@@ -18,20 +19,15 @@ def transfers_for(pool: Pool, form: SlotForm) -> Transfers:
     Raises:
         ConfigError: The GPU cannot take blocks apart here.
     """
-    planes = form if isinstance(form, PlaneSlots) else None
+    on_gpu = pool.device.type == "cuda"
+    copies = partial(CudaCopies, pool.device)
     mover: Mover
-    if pool.device.type != "cuda":
-        mover = HostPlanes(planes, pool.map) if planes else RawMover(pool.map, copy_on_host, pool.loads)
+    if isinstance(form, PlaneSlots):
+        mover = mover_of_planes(form, pool.map, pool.device, copies)
+    else:
+        mover = RawMover(pool.map, copies() if on_gpu else copy_on_host, pool.loads)
+    if not on_gpu:
         return HostTransfers(mover)
-    copies = CudaCopies(pool.device)
-    try:
-        mover = (
-            CudaPlanes(planes, pool.map, copies, pool.device)
-            if planes
-            else RawMover(pool.map, copies, pool.loads)
-        )
-    except Exception as error:
-        raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
     loads = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     saves = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
     return CudaTransfers(mover, loads, saves)

@@ -16,7 +16,7 @@ from kvtier.connector.transfer import Blocks, CudaTransfers, HostTransfers, Move
 from kvtier.errors import ConfigError
 from kvtier.gpu.copies import Copy, CudaCopies, copy_on_host
 from kvtier.gpu.kernel_copies import KernelCopies
-from kvtier.gpu.plane_movers import CudaPlanes, HostPlanes
+from kvtier.gpu.plane_movers import mover_of_planes
 from kvtier.vllm.pool import LayerPool
 
 _log = logging.getLogger(__name__)
@@ -49,13 +49,7 @@ def transfers_for(pool: LayerPool, form: SlotForm) -> Transfers:
 def _plane_mover(pool: LayerPool, form: PlaneSlots) -> Mover:
     if pool.map is None:
         raise ConfigError("memory.format: planes needs a KV pool with heads before tokens (HND)")
-    if pool.device.type != "cuda":
-        return HostPlanes(form, pool.map)
-    copies = _kernel_copies(pool, CudaCopies(pool.device))
-    try:
-        return CudaPlanes(form, pool.map, copies, pool.device)
-    except Exception as error:
-        raise ConfigError(f"memory.format: planes needs Triton, which does not work here: {error}") from error
+    return mover_of_planes(form, pool.map, pool.device, lambda: _kernel_copies(pool, CudaCopies(pool.device)))
 
 
 def _kernel_copies(pool: LayerPool, copies: Copy) -> Copy:

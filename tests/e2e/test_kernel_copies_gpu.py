@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvtier.gpu import pin
+from kvtier.gpu import kernel_copies, pin
 from kvtier.gpu.copies import CudaCopies
 
 pytestmark = [
@@ -22,15 +22,13 @@ DEVICE = torch.device("cuda", 0)
 
 def copies():
     """Return copies by the kernel, and what the driver was asked to do instead."""
-    from kvtier.gpu.kernel_copies import KernelCopies
-
     left, driver = [], CudaCopies(DEVICE)
 
     def others(destinations, sources, sizes, stream):
         left.append(len(sizes))
         driver(destinations, sources, sizes, stream)
 
-    return KernelCopies(DEVICE, others, SIZE), left
+    return kernel_copies.KernelCopies(DEVICE, others, SIZE), left
 
 
 def host(pinned: bool):
@@ -82,3 +80,31 @@ def test_ranges_within_the_gpu_and_ranges_of_other_sizes():
     assert left == [COUNT]
     assert torch.equal(pool[:, : SIZE // 2], source[torch.from_numpy(order).to(DEVICE), : SIZE // 2])
     assert not pool[:, SIZE // 2 :].any()
+
+
+def test_copying_takes_no_memory_and_compiles_nothing(monkeypatch):
+    """Either may wait for the GPU, and that on the engine's thread."""
+    monkeypatch.setattr(kernel_copies, "RANGES", 32)
+    copy, left = copies()
+    source, registration = host(pinned=True)
+    pool = torch.zeros(COUNT, SIZE, dtype=torch.uint8, device=DEVICE)
+    stream = torch.cuda.Stream()
+
+    def taken() -> list[int]:
+        from kvtier.gpu.copy_kernel import copy_ranges
+
+        return [
+            torch.cuda.memory_stats()["allocation.all.allocated"],
+            torch.cuda.host_memory_stats()["num_host_alloc"],
+            sum(len(cache[0]) for cache in copy_ranges.device_caches.values()),
+        ]
+
+    before = taken()
+    for count in (1, 2, 31, 32, 33, COUNT):
+        ways = (addresses(pool.data_ptr(), np.arange(count)), addresses(source.ctypes.data, np.arange(count)))
+        copy(*ways, np.full(count, SIZE, np.uint64), stream.cuda_stream)
+    stream.synchronize()
+    assert taken() == before
+    assert np.array_equal(pool.cpu().numpy(), source)
+    assert left == []
+    registration.unpin()

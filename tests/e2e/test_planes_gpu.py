@@ -25,7 +25,7 @@ HALF = LAYOUT.block_bytes // 2
 
 
 class Rig:
-    """Pinned slots, a pool of whole pages or of halves, and the mover between them, in batches of five."""
+    """Pinned slots, a pool of whole pages or of halves, and the mover between them, in batches of four."""
 
     def __init__(self, plain: bool) -> None:
         form = slot_form(LAYOUT, "planes")
@@ -69,8 +69,9 @@ class Rig:
 
 @pytest.fixture(params=[True, False], ids=["plain", "halves"])
 def rig(request, monkeypatch):
-    monkeypatch.setattr(movers, "STAGING_BYTES", 5 << 20)
+    monkeypatch.setattr(movers, "STAGING_BYTES", 1 << 20)
     rig = Rig(request.param)
+    assert movers.batch_blocks(rig.form) == 4
     yield rig
     rig.close()
 
@@ -128,3 +129,28 @@ def test_pages_that_the_pool_has_not_are_refused(rig: Rig) -> None:
         assert torch.cuda.current_stream() != rig.stream
     rig.stream.synchronize()
     assert torch.equal(rig.read(), rig.blocks)
+
+
+def taken() -> list[int]:
+    """Return how often memory was taken, of the GPU or pinned, and how many kernels were compiled."""
+    from kvtier.gpu import plane_kernels as kernels
+
+    compiled = [kernels.merge, kernels.merge_escapes, kernels.split]
+    return [
+        torch.cuda.memory_stats()["allocation.all.allocated"],
+        torch.cuda.host_memory_stats()["num_host_alloc"],
+        sum(len(caches[0]) for kernel in compiled for caches in kernel.device_caches.values()),
+    ]
+
+
+def test_moving_takes_no_memory_and_compiles_nothing(rig: Rig) -> None:
+    """Either may wait for the GPU, and that on the engine's thread; also when many moves are under way."""
+    before = taken()
+    assert before[2] > 0
+    for _ in range(10):
+        for count in (1, 2, 3, 4, 5, 9, 11):
+            blocks = rig.slots(list(range(count))), rig.pages(list(range(count)))
+            for move in (rig.mover.save, rig.mover.load):
+                move(blocks, rig.stream.cuda_stream)
+        rig.stream.synchronize()
+    assert taken() == before

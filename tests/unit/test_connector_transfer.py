@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from kvtier.connector.transfer import CudaTransfers, RawMover
+from kvtier.connector.transfer import Blocks, CudaTransfers, RawMover
 from kvtier.trtllm.pool import Pool
 from tests.stress_support import LAYERS, MUTILATED, PAGES, SLOTS, Stress
 from tests.trtllm_support import memory_stores, write_config
@@ -49,3 +51,28 @@ def test_every_byte_is_right_however_the_streams_run(seed, monkeypatch, tmp_path
 @pytest.mark.parametrize("kind", MUTILATED)
 def test_without_one_of_the_orders_bytes_go_wrong(kind, monkeypatch, tmp_path):
     assert any(stress(kind, seed, monkeypatch, tmp_path, 150)[0] for seed in range(40))
+
+
+class HalfMover:
+    """Loads some of a pool's words, then fails."""
+
+    def __init__(self, gpu: VirtualGpu, pool: list[str]) -> None:
+        self._gpu, self._pool = gpu, pool
+
+    def load(self, blocks, stream: int) -> None:
+        for place in range(3):
+            self._gpu.run(self._gpu.numbered(stream), partial(self._pool.__setitem__, place, "loaded"))
+        raise OSError("refused")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_computed_in_place_of_a_load_that_failed_is_not_overwritten(seed):
+    """An engine that is told of it computes the same pages while some of the copies may be under way."""
+    gpu, pool = VirtualGpu(random.Random(seed)), [""] * 3
+    transfers = CudaTransfers(HalfMover(gpu, pool), gpu.stream(), gpu.stream())
+    with pytest.raises(OSError, match="refused"):
+        transfers.load(gpu.engine, Blocks(np.zeros(3, np.uint64), [(0,), (1,), (2,)]), lambda made: None)
+    for place in range(3):
+        gpu.run(gpu.engine, partial(pool.__setitem__, place, "computed"))
+    gpu.synchronize()
+    assert pool == ["computed"] * 3
