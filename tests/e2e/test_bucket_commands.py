@@ -27,7 +27,7 @@ from kvtier.tiers.s3.open_bucket import open_bucket
 from kvtier.tiers.s3.policy import iam_policy
 from tests.faults import s3_proxy
 from tests.faults.s3_proxy import FaultyProxy, Spoil
-from tests.s3_support import BUCKET, S3Place, hashes_of, payloads_of, read_all
+from tests.s3_support import BUCKET, S3Place, eventually, hashes_of, payloads_of, read_all
 
 LAYOUT = BlockLayout("bfloat16", tokens_per_block=32, layers=2, kv_factor=2, row_elements=2048)
 CODEC_SPACE = {"model": {"name": "tests/[tiny]"}, "layout": LAYOUT.describe()}
@@ -52,7 +52,10 @@ def encoded_chain(count: int, seed: int = 1) -> list[StoredBlock]:
 
 
 def open_tier(place: S3Place) -> S3Tier:
-    return S3Tier(place.config(), NAMESPACE, LAYOUT, BOUND)
+    tier = S3Tier(place.config(), NAMESPACE, LAYOUT, BOUND)
+    # The first look for packs that no segment lists is over: it lists none by chance later on.
+    eventually(lambda: tier.stats()["index_rebuilds"])
+    return tier
 
 
 def fill(place: S3Place, count: int = 70, seed: int = 1) -> list[StoredBlock]:

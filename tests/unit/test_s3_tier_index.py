@@ -166,3 +166,94 @@ def test_rebuilding_says_when_the_bucket_is_down(
     with pytest.raises(TierUnavailable):
         tier.rebuild_index()
     assert not tier.refresh()
+
+
+def only(gate: threading.Event, kind: str, part: str) -> Callable[[str, str], None]:
+    """Hold requests of one kind for keys with `part` in them."""
+    held = hold(gate, part)
+    return lambda asked, key: held(asked, key) if asked == kind else None
+
+
+def test_the_first_look_leaves_alone_what_this_node_is_just_storing(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier]
+) -> None:
+    gate = threading.Event()
+    bucket.before = only(gate, "list", "/packs/")
+    tier = open_tier(ready=False)
+    stored(tier, chain(3 * WINDOW))
+    assert len(bucket.keys("packs/")) == 3
+    segments = bucket.keys("index/")
+    gate.set()
+    eventually(lambda: tier.stats()["index_rebuilds"])
+    assert tier.stats()["packs_recovered"] == 0
+    assert bucket.keys("index/") == segments
+
+
+def test_what_is_new_is_published_by_whoever_stored_it_though_others_may_have_found_it(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a pack's being there and its writer's hearing of it, anybody may look."""
+    there, found = threading.Event(), threading.Event()
+    put = bucket.put
+
+    def slow_put(key: str, body: bytes) -> bool:
+        written = put(key, body)
+        if "/packs/" in key:
+            there.set()
+            assert found.wait(30)
+        return written
+
+    def before(kind: str, key: str) -> None:
+        if (kind, "/packs/" in key) == ("list", True):
+            assert there.wait(30)
+        if (kind, "/index/" in key, found.is_set()) == ("put", True, False):
+            found.set()
+            raise TierUnavailable("whoever has found it cannot publish it now")
+
+    monkeypatch.setattr(bucket, "put", slow_put)
+    bucket.before = before
+    tier, blocks = open_tier(ready=False), chain(WINDOW)
+    stored(tier, blocks)
+    assert found.is_set()
+    assert len(bucket.keys("index/")) == 1
+    assert open_tier().match(hashes_of(blocks)) == len(blocks)
+
+
+def test_nothing_is_published_by_a_tier_that_has_been_closed(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier]
+) -> None:
+    writer = open_tier()
+    stored(writer, chain(WINDOW))
+    writer.close()
+    for key in bucket.keys("index/"):
+        del bucket.objects[key]
+    gate = threading.Event()
+    bucket.before = only(gate, "get", "/packs/")
+    tier = open_tier(ready=False)
+    eventually(lambda: bucket.count("get", "/packs/"))
+    tier.close()
+    gate.set()
+    eventually(lambda: not any(thread.name == "kvtier-s3-load" for thread in threading.enumerate()))
+    assert bucket.keys("index/") == []
+
+
+def test_only_a_few_segments_are_loaded_ahead_of_their_turn(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier]
+) -> None:
+    writer = open_tier()
+    stored(writer, chain(2))
+    writer.close()
+    [segment] = bucket.keys("index/")
+    for number in range(100):
+        bucket.objects[f"{ROOT}/index/{number:020d}-{'0' * 16}.kvi"] = bucket.objects[segment]
+    gate = threading.Event()
+    # The first one does not come, and what comes meanwhile must wait for it.
+    bucket.before = only(gate, "get", f"{0:020d}-")
+    before = bucket.count("get", "/index/")
+    tier = open_tier(ready=False)
+    eventually(lambda: bucket.count("get", "/index/") - before >= 16)
+    time.sleep(0.2)
+    assert bucket.count("get", "/index/") - before == 16
+    gate.set()
+    assert tier.wait_ready(30)
+    assert bucket.count("get", "/index/") - before == 101

@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import CancelledError
 from functools import partial
@@ -34,6 +35,8 @@ B = TypeVar("B")
 _logger = logging.getLogger(__name__)
 
 _LOADERS = 8
+_AHEAD = 2 * _LOADERS
+"""What is loaded waits for its turn in the index: no more of it than this, for a segment may be 64 MiB."""
 _FOOTER_BATCH = 4096
 _REBUILD_PAUSE = (30.0, 3600.0)
 """Seconds until a rebuild that failed is tried again; doubles from the first to the last."""
@@ -179,7 +182,9 @@ class Catalog:
         """Find the packs that no readable index segment lists, index them by their footers, and publish them.
 
         Args:
-            indexed: Names of the packs that segments list; None to read all segments again.
+            indexed: Names of the packs that segments list, as they were just loaded for the first time: what
+                this process has come to know since is listed, or about to be by whoever stored it. None to
+                read all segments again.
 
         Returns:
             How many packs were found that way.
@@ -189,21 +194,35 @@ class Catalog:
         """
         recovered: list[Pack] = []
         with self._reading.watched():
-            if indexed is None:
-                indexed = self._load(self._bucket.list(self._keys.index), again=True)
-            names = (self._keys.pack_name(item.key) for item in self._bucket.list(self._keys.packs))
-            lost = (name for name in names if name is not None and name not in indexed)
+            lost = self._find_lost(indexed)
             while batch := list(islice(lost, _FOOTER_BATCH)):
                 packs = [pack for pack in self._map(self._recover, batch) if pack is not None]
                 self._index.add(packs)
                 recovered += packs
         # A bucket that may only be read is served all the same: that is the other direction's health.
         if recovered:
+            self._go_on()
             with self._writing.watched():
                 self.publish(PackTable.of(recovered))
         self._counters.add("packs_recovered", len(recovered))
         self._counters.add("index_rebuilds")
         return len(recovered)
+
+    def _find_lost(self, indexed: Set[bytes] | None) -> Iterator[bytes]:
+        first = indexed is not None
+        if indexed is None:
+            indexed = self._load(self._bucket.list(self._keys.index), again=True)
+        for item in self._bucket.list(self._keys.packs):
+            name = self._keys.pack_name(item.key)
+            if name is None or name in indexed:
+                continue
+            if not (first and self._index.pack(name) is not None):
+                yield name
+
+    def _go_on(self) -> None:
+        """Raise TierUnavailable if the tier is being closed: nothing is written behind its owner's back."""
+        if self._stop:
+            raise TierUnavailable("the tier is being closed")
 
     def _run(self) -> None:
         while not self._stop:
@@ -346,12 +365,15 @@ class Catalog:
 
     def _map(self, call: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
         """Call with each item on several threads; give the results in order."""
-        futures = [self._pool.submit(partial(call, item)) for item in items]
-        for future in futures:
+        waiting = iter(items)
+        futures = deque(self._pool.submit(partial(call, item)) for item in islice(waiting, _AHEAD))
+        while futures:
             try:
-                yield future.result()
+                result = futures.popleft().result()
             except CancelledError:
                 raise TierUnavailable("the tier is being closed") from None
+            futures += [self._pool.submit(partial(call, item)) for item in islice(waiting, 1)]
+            yield result
 
 
 def _same_json(ours: bytes, theirs: bytes) -> bool:

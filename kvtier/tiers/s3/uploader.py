@@ -247,16 +247,18 @@ class Uploader:
 
     def _upload(self, job: PackJob) -> None:
         pack: Pack | None = None
+        is_new = False
         try:
             if not all(block.hash in self._index for block in job.blocks):
                 with self._health.watched():
-                    pack = self._store(job)
+                    pack, is_new = self._store(job)
         except Exception as error:  # noqa: BLE001 - counted and logged by `watched`
             self._retry(job, error)
             return
         with self._changed:
             if pack is not None:
-                if self._index.pack(pack.name) is None:
+                # The index may know what is new, from its footer, before any segment lists it.
+                if is_new or self._index.pack(pack.name) is None:
                     self._announce(pack)
                 self._index.add([pack])
             if job.salt or all(block.hash in self._index for block in job.blocks):
@@ -267,16 +269,16 @@ class Uploader:
                 job.running = False
             self._changed.notify_all()
 
-    def _store(self, job: PackJob) -> Pack:
-        """Bring one pack into the bucket and say what is there."""
+    def _store(self, job: PackJob) -> tuple[Pack, bool]:
+        """Bring one pack into the bucket, and say what is there and whether it is new."""
         job.salt = job.salt or self._catalog.salt_for([block.hash for block in job.blocks])
         body, pack = write_pack(job.blocks, self._namespace, job.salt)
         if self._bucket.put(self._keys.pack(pack.name), body):
             self._counters.add("packs_uploaded")
-            return pack
+            return pack, True
         # Another replica's bytes may be laid out differently: its footer holds, not what we have here.
         self._counters.add("packs_found")
-        return self._catalog.read_pack(pack.name)
+        return self._catalog.read_pack(pack.name), False
 
     def _retry(self, job: PackJob, error: Exception) -> None:
         usual = isinstance(error, TierError)
