@@ -111,40 +111,49 @@ class HostMover:
 
 
 class CudaMover:
-    """Does the same on a GPU, by way of a block in its memory: a kernel for each layer, or for all."""
+    """Does the same on a GPU, by way of a block in its memory: a kernel for each layer, or for all.
+
+    Loads follow on each other on one stream, saves on another.
+    """
 
     def __init__(self, pool: LayerPool) -> None:
+        """Take memory, and load the kernels. Waits for the GPU, and changes nothing in the pool."""
         self._pool = pool
-        # Loads and saves have a stream each, on which one block follows the other.
-        self._scratch: dict[int, torch.Tensor] = {}
+        words = pool.planes[0].dtype
+        with torch.cuda.device(pool.device):
+            self._loaded, self._saved = (
+                torch.empty(pool.shape, dtype=words, device=pool.device) for _ in range(2)
+            )
+            # Kernels are loaded when they first run, and that waits for the whole GPU.
+            self._from_page(self._loaded, 0)
+            self._to_page(self._loaded, 0)
+            torch.cuda.synchronize(pool.device)
 
     def load(self, blocks: Blocks, stream: int) -> None:
         """Copy slots to pages; see `Mover.load`."""
         with self._on(stream):
-            block = self._block(stream)
             for slot, (page,) in zip(self._slots(blocks.slots), blocks.pages, strict=True):
-                block.copy_(slot, non_blocking=True)
-                for plane, part in zip(self._pool.planes, self._pool.parts, strict=True):
-                    plane[self._pool.checked(page)].copy_(block[part])
+                self._loaded.copy_(slot, non_blocking=True)
+                self._to_page(self._loaded, page)
 
     def save(self, blocks: Blocks, stream: int) -> None:
         """Copy pages to slots; see `Mover.save`."""
         with self._on(stream):
-            block = self._block(stream)
             for slot, (page,) in zip(self._slots(blocks.slots), blocks.pages, strict=True):
-                for plane, part in zip(self._pool.planes, self._pool.parts, strict=True):
-                    block[part].copy_(plane[self._pool.checked(page)])
-                slot.copy_(block, non_blocking=True)
+                self._from_page(self._saved, page)
+                slot.copy_(self._saved, non_blocking=True)
+
+    def _to_page(self, block: torch.Tensor, page: int) -> None:
+        for plane, part in zip(self._pool.planes, self._pool.parts, strict=True):
+            plane[self._pool.checked(page)].copy_(block[part])
+
+    def _from_page(self, block: torch.Tensor, page: int) -> None:
+        for plane, part in zip(self._pool.planes, self._pool.parts, strict=True):
+            block[part].copy_(plane[self._pool.checked(page)])
 
     def _on(self, stream: int) -> torch.cuda.StreamContext:
         external = torch.cuda.ExternalStream(stream, self._pool.device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(external)
-
-    def _block(self, stream: int) -> torch.Tensor:
-        if stream not in self._scratch:
-            words = self._pool.planes[0].dtype
-            self._scratch[stream] = torch.empty(self._pool.shape, dtype=words, device=self._pool.device)
-        return self._scratch[stream]
 
     def _slots(self, addresses: NDArray[np.uint64]) -> list[torch.Tensor]:
         kind, words = ctypes.c_uint8 * self._pool.block_bytes, self._pool.planes[0].dtype
