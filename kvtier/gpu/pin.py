@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvtier._logging import log_once
+from kvtier.gpu.capture import beside_captures
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class PinnedMemory:
         """Take the registration back; waits for copies under way. A second call does nothing."""
         address, self._address = self._address, None
         if address is not None:
-            _cudart().cudaHostUnregister(address)
+            with beside_captures():
+                _cudart().cudaHostUnregister(address)
 
 
 def populate(address: int, size: int) -> None:
@@ -76,9 +78,10 @@ def pin(buffer: memoryview, device: torch.device) -> PinnedMemory | None:
     try:
         address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
         populate(address, len(buffer))
-        with torch.cuda.device(device):
+        # A client of the agent pins when the agent is there, whatever its engine does at the time.
+        with beside_captures(), torch.cuda.device(device):
             status = int(_cudart().cudaHostRegister(address, len(buffer), _PORTABLE))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         log_once(_log, "pin", "the arena cannot be pinned, copies will be slow: %r", error)
         return None
     if status != 0:

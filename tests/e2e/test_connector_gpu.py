@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
@@ -196,6 +197,35 @@ def test_memory_that_cannot_be_pinned_leaves_no_error_behind():
     assert pin(memory.buffer(), torch.device("cuda")) is None
     assert torch.ones(3, device="cuda").sum().item() == 3
     pinned.unpin()
+
+
+@pytest.mark.parametrize("act", ["pin", "unpin"])
+def test_an_arena_comes_and_goes_while_the_engine_captures_a_graph(act):
+    """An agent's client pins in its own thread, when the agent is there; engines capture at their start."""
+    memory = MemoryTier(1 << 20, 4096)
+    device = torch.device("cuda")
+    pinned = [pin(memory.buffer(), device)] if act == "unpin" else []
+    values = torch.zeros(4, device=device)
+    values += 1
+
+    def come_or_go() -> None:
+        if pinned:
+            pinned.pop().unpin()
+        else:
+            pinned.append(pin(memory.buffer(), device))
+
+    thread = threading.Thread(target=come_or_go)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values += 1
+        thread.start()
+        thread.join()
+        values += 1
+    graph.replay()
+    assert values.tolist() == [3.0] * 4
+    if act == "pin":
+        assert pinned[0] is not None
+        pinned[0].unpin()
 
 
 def test_what_is_under_way_at_the_end_is_waited_for(rig):
