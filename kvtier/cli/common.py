@@ -68,6 +68,11 @@ def read_option(option: str, text: str, parse: Callable[[object], T]) -> T:
         raise ConfigError(f'{option}: "{text}" {error}') from error
 
 
+def nothing_there(config: S3Config) -> str:
+    """Say that the bucket holds nothing of kvtier's."""
+    return f"nothing below {config.prefix}/ in {config.bucket}"
+
+
 def shows_progress(json_out: bool) -> bool:
     """Whether somebody watches standard error."""
     return not json_out and sys.stderr.isatty()

@@ -23,7 +23,7 @@ from rich.table import Table
 from kvtier.cli.common import opened_bucket
 from kvtier.cli.demo_node import Node
 from kvtier.cli.s3server import S3Server
-from kvtier.config import Config, S3Config, load_config
+from kvtier.config import Config, S3Config, format_duration, load_config
 from kvtier.errors import KvTierError
 from kvtier.tiers.s3.boto_bucket import make_client
 from kvtier.tiers.s3.probe import probe
@@ -32,6 +32,8 @@ NEW_TOKENS = 32
 ACT_TIMEOUT = 600.0
 MAX_PATH_BYTES = 40
 PACKAGES = ("torch", "transformers", "gguf", "safetensors")
+
+_NOT_FOR_ACTS = {"ttl", "quota", "warm_on_start"}
 
 ACCESS_KEY_ENV, SECRET_KEY_ENV = "KVTIER_DEMO_ACCESS_KEY", "KVTIER_DEMO_SECRET_KEY"
 
@@ -161,9 +163,14 @@ def _check_usable(settings: S3Config) -> None:
 
 
 def _section(settings: S3Config) -> dict[str, Any]:
-    """Return what a configuration file has to say to mean these settings."""
-    keys = ("bucket", "prefix", "endpoint", "region", "access_key_env", "secret_key_env", "path_style")
-    return {key: value for key in keys if (value := getattr(settings, key)) is not None}
+    """Return what a configuration file has to say to mean these settings.
+
+    Without the limits of what is stored: what the demo stores has a prefix of its own, and is removed.
+    """
+    section = settings.model_dump(exclude=_NOT_FOR_ACTS, exclude_none=True, exclude_unset=True)
+    for key in section.keys() & {"connect_timeout", "read_timeout", "index_refresh"}:
+        section[key] = format_duration(section[key])
+    return section
 
 
 def _remove_objects(settings: S3Config) -> None:

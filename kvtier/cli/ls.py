@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvtier._counters import Counters
-from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket
+from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, nothing_there, opened_bucket
 from kvtier.config import format_size
 from kvtier.errors import CorruptBlock
 
@@ -33,6 +33,9 @@ def ls(config: ConfigOption = None, json_out: JsonFlag = False) -> None:
         report = {name: _summary(bucket, settings.prefix, name) for name in names}
     if json_out:
         typer.echo(json.dumps({"namespaces": report}))
+        return
+    if not report:
+        typer.echo(nothing_there(settings))
         return
     table = Table("namespace", "of", "packs", "blocks", "size", "unlisted", "last write", "last use")
     table.columns[0].no_wrap = True

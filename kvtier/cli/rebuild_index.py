@@ -7,7 +7,7 @@ import json
 import typer
 
 from kvtier._counters import Counters
-from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket
+from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, nothing_there, opened_bucket
 
 
 def rebuild_index(config: ConfigOption = None, json_out: JsonFlag = False) -> None:
@@ -30,4 +30,4 @@ def rebuild_index(config: ConfigOption = None, json_out: JsonFlag = False) -> No
     if json_out:
         typer.echo(json.dumps({"namespaces": report}))
     elif not report:
-        typer.echo(f"nothing below {settings.prefix}/ in {settings.bucket}")
+        typer.echo(nothing_there(settings))

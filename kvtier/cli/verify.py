@@ -14,7 +14,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from kvtier._counters import Counters
-from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket, shows_progress
+from kvtier.cli.common import (
+    ConfigOption,
+    JsonFlag,
+    bucket_settings,
+    nothing_there,
+    opened_bucket,
+    shows_progress,
+)
 from kvtier.config import format_size
 
 if TYPE_CHECKING:
@@ -50,8 +57,10 @@ def verify(
                 report["reindexed"] += _reindex(bucket, settings.prefix, name, found)
     if json_out:
         typer.echo(json.dumps(report))
-    else:
+    elif report["namespaces"]:
         _show(report)
+    else:
+        typer.echo(nothing_there(settings))
     if any(found["damages"] for found in report["namespaces"].values()):
         raise typer.Exit(1)
 

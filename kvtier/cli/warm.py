@@ -14,7 +14,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvtier.cli.common import ConfigOption, JsonFlag, opened_bucket, read_option, shows_progress
+from kvtier.cli.common import (
+    ConfigOption,
+    JsonFlag,
+    nothing_there,
+    opened_bucket,
+    read_option,
+    shows_progress,
+)
 from kvtier.config import Config, format_size, load_config, parse_size
 from kvtier.errors import ConfigError, CorruptBlock, LayoutError, TierUnavailable
 from kvtier.hashing import Namespace, chain_root, hash_blocks
@@ -51,10 +58,19 @@ def warm(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Bring the prefixes of these prompts: JSON lines; see docs/operations.md."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Bring the prefixes of these prompts: JSON lines; see docs/operations.md.",
+        ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Directory of the model's tokenizer, for prompts that are text.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Directory of the model's tokenizer, for prompts that are text.",
+        ),
     ] = None,
     rate: Annotated[str | None, typer.Option(help="Bytes a second that are not exceeded: 200MiB.")] = None,
     namespace: Annotated[
@@ -151,6 +167,8 @@ def _namespace_of(settings: Config, name: str | None) -> tuple[Namespace, BlockL
         raise ConfigError("warming up brings blocks from bucket to disk: the configuration needs s3 and disk")
     with opened_bucket(settings.s3) as bucket:
         names = list(find_namespaces(bucket, settings.s3.prefix))
+        if not names:
+            raise ConfigError(f"{nothing_there(settings.s3)} to warm up with")
         if name is None and len(names) != 1:
             raise ConfigError(
                 f"the bucket has {len(names)} namespaces; name one with --namespace (kvtier ls)"

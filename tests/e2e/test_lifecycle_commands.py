@@ -86,6 +86,17 @@ def run(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.parametrize("command", [["ls"], ["verify"], ["rebuild-index"], ["warm", "--top", "1GiB"]])
+def test_an_empty_bucket_is_said_to_be_empty(s3_bucket: S3Place, file: Path, command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--config", str(file)])
+    says = f"nothing below {s3_bucket.prefix}/ in {s3_bucket.config().bucket}"
+    if command[0] == "warm":
+        assert isinstance(result.exception, ConfigError)
+        assert says in str(result.exception)
+    else:
+        assert (result.exit_code, result.stdout) == (0, f"{says}\n")
+
+
 def test_gc_says_what_would_go_and_only_then_does_it(s3_bucket: S3Place, tier: S3Tier, file: Path) -> None:
     old, young = encoded(5, 1), encoded(5, 2)
     store(tier, old, young)
