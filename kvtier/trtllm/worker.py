@@ -51,6 +51,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._shard = self._rank
         self._pool: Pool | None = None
         self._transfers: Transfers | None = None
+        self._form = ""
         self._slots = SlotAddresses()
         self._loads: tuple[Load, ...] = ()
         self._saves: tuple[Save, ...] = ()
@@ -169,12 +170,15 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._runtime.leave(self._rank)
 
     def _register(self, pool: Pool) -> None:
-        self._begin_late()
-        if self._transfers is not None:
-            self._transfers.drain()
         # The store opens slots of the same form, and an agent that has others lets nobody in.
         form = slot_form(pool.layout, self._runtime.config.memory.format)
-        self._pool, self._transfers = pool, transfers_for(pool, form)
+        # The same pool comes again with another engine's first orders: nothing may be waited for then.
+        if pool is not self._pool or form.name != self._form:
+            self._begin_late()
+            if self._transfers is not None:
+                self._transfers.drain()
+            self._transfers = transfers_for(pool, form)
+            self._pool, self._form = pool, form.name
         self._shard = 0 if self._runtime.replicated(pool) else self._rank
         self._runtime.register(self._rank, pool)
 

@@ -161,7 +161,7 @@ def test_requests_of_the_same_id_in_two_engines_do_not_meet(opened):
         assert rig.holds(4, (None, request.tokens[:SIZE]))
 
 
-def test_a_worker_that_met_the_wrong_leader_goes_over_to_its_own(opened):
+def test_a_worker_that_met_the_wrong_leader_goes_over_to_its_own(opened, monkeypatch):
     arguments = llm_args()
     stale = KvTierConnectorLeader(arguments)
     kv_worker = KvTierConnectorWorker(arguments)
@@ -169,7 +169,11 @@ def test_a_worker_that_met_the_wrong_leader_goes_over_to_its_own(opened):
     assert kv_worker._runtime is stale._runtime
     kv_worker.register_kv_caches(torch.zeros(8, LAYERS, 2, ROW))
     assert leader.get_num_new_matched_tokens(FakeRequest(1, PROMPT), 0) == (0, False)
+    transfers = kv_worker._transfers
+    # The engine's thread is in its first pass: it neither waits for copies nor prepares the pool again.
+    monkeypatch.setattr(transfers, "drain", lambda: pytest.fail("waits"))
     kv_worker.bind_connector_meta(leader.build_connector_meta(SchedulerOutput()))
+    assert kv_worker._transfers is transfers
     assert kv_worker._runtime is leader._runtime
     assert leader._runtime.ready is not None
     assert stale._runtime.session != leader._session
