@@ -135,6 +135,8 @@ def _check_engine(vllm_config: Any, ranks: int, config: Config) -> None:
             f"speculative decoding by {speculative.method} is not supported: a draft model's KV depends on"
             f" the token after the block; allowed: {', '.join(_STATELESS_DRAFTS)}"
         )
+    if getattr(vllm_config.model_config, "is_diffusion", False):
+        raise LayoutError("diffusion models are not supported: a token's KV depends on those after it")
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise LayoutError(
             "calculate_kv_scales takes the KV cache's scales from the first batch, so its blocks mean nothing"
@@ -215,6 +217,10 @@ def _namespace(vllm_config: Any, layout: BlockLayout, ranks: int, rows: str) -> 
         "quantization": None if model.quantization is None else str(model.quantization),
         "model_config": _digest(_effective_config(model)),
     }
+    online = getattr(model, "quantization_config", None)
+    if online is not None:
+        # How vLLM itself quantizes the weights, and which of them it leaves alone.
+        numerics["quantization_config"] = _digest(repr(online))
     load_format = vllm_config.load_config.load_format
     if str(getattr(load_format, "value", load_format)) == "dummy":
         numerics["load_format"] = "dummy"

@@ -39,6 +39,9 @@ class Identity:
             return None
         lora = None
         if request.lora_request is not None:
+            if getattr(request.lora_request, "load_inplace", False):
+                # Its files are read again, and may have changed.
+                return None
             lora = adapters.name(int(request.lora_request.lora_int_id), str(request.lora_request.lora_path))
             if lora is None:
                 return None

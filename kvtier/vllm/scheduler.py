@@ -71,6 +71,10 @@ class SchedulerHalf:
         self._behind = 0
         self._tails: list[Save] = []
         self._era: str | None = None
+        # MLA's latents are saved by one rank, which is not told of loads that fail on another: the pages of
+        # loads, by step, until that step's end is heard of.
+        self._one_saves = self.engine.latent and self.engine.ranks > 1
+        self._unheard: dict[int, set[int]] = {}
         if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
             _log.warning(
                 "kv_load_failure_policy is fail: should blocks be lost between lookup and load, their"
@@ -143,6 +147,8 @@ class SchedulerHalf:
             for state in self._requests.values()
             if state.promise is not None and state.promise.taken
         )
+        if loads and self._one_saves:
+            self._unheard[self._step] = {page for load in loads for page in load.pages}
         tails, self._tails = tuple(self._tails), []
         for request_id in scheduler_output.preempted_req_ids or ():
             self._free_pages(self._requests.get(request_id))
@@ -196,8 +202,18 @@ class SchedulerHalf:
         return spoilt
 
     def reset_cache(self) -> bool:
-        """Forget everything, as far as this engine goes: it may have other weights from now on."""
+        """Forget everything, as far as this engine goes: it may have other weights from now on.
+
+        Requests that go on are not looked up and not saved any more: what they are called and what lies in
+        their pages may be of the time before.
+        """
         self._era = secrets.token_hex(8)
+        for request_id, state in list(self._requests.items()):
+            state.identity = None
+            if not state.pages:
+                # It has nothing of that time.
+                self._drop_promise(state, self._store())
+                del self._requests[request_id]
         return True
 
     def close(self) -> None:
@@ -273,6 +289,9 @@ class SchedulerHalf:
         except Exception as error:  # noqa: BLE001 - the engine counts on an answer
             log_once(_log, "release", "promised blocks cannot be loaded: %r", error)
         self._counters.add("lost_promises")
+        if store is not None:
+            # Nobody else is going to: the workers are told nothing of it.
+            store.release(promise.lease)
         return Load(0, 0.0, (), pages)
 
     @shielded(no_orders)
@@ -294,8 +313,9 @@ class SchedulerHalf:
     def _see_end(self, step: int) -> None:
         """Learn from a step's end how fast the engine computes."""
         tokens, begun = self._under_way.get(step, (0, 0.0))
-        for ended in [known for known in self._under_way if known <= step]:
-            del self._under_way[ended]
+        for steps in (self._under_way, self._unheard):
+            for ended in [known for known in steps if known <= step]:
+                del steps[ended]
         if tokens:
             now = time.monotonic()
             self._pace.begins(tokens, max(begun, self._ended))
@@ -335,6 +355,9 @@ class SchedulerHalf:
         """
         first, last = state.handled, state.savable()
         if state.identity is None or last <= first:
+            return
+        if any(not pages.isdisjoint(state.pages) for pages in self._unheard.values()):
+            # Later, if the load has not failed anywhere.
             return
         state.handled, state.saved = last, self._step
         hashes = state.hash_through(last)[first:last]

@@ -69,6 +69,8 @@ class WorkerHalf:
         self._on_gpu = False
         self._slots = SlotAddresses()
         self._orders: ConnectorMeta | None = None
+        # What the engine's thread was handling when the step began, as a caller's `except` may.
+        self._handled: BaseException | None = None
         self._settled = 0
         self._step = self._failed_step = 0
         self._failed_pages: set[int] = set()
@@ -102,6 +104,7 @@ class WorkerHalf:
         """Take the orders of the coming step, and see that what it overwrites was read before."""
         with self._lock:
             former, self._orders = self._orders, orders
+            self._handled = sys.exc_info()[1]
             self._step, self._settled = orders.step, orders.settled
             if former is not None and former.step != orders.step:
                 self._give_up(former)
@@ -133,6 +136,10 @@ class WorkerHalf:
         with self._lock:
             orders, self._orders = self._orders, None
             if orders is None or not orders.saves:
+                return
+            if sys.exc_info()[1] is not self._handled:
+                # The engine calls this also when its pass has failed: what lies in the pages nobody knows.
+                self._give_up(orders)
                 return
             if not self._on_gpu:
                 self._save(orders.saves, orders.step)

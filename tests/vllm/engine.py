@@ -195,6 +195,28 @@ class Server:
         worker._copy_in = fail
         return True
 
+    def fail_a_pass(self, tokens: list[int]) -> int:
+        """Let a pass fail halfway through the layers; returns how many blocks of its prompt are stored.
+
+        The engine is of no use any more.
+        """
+        from kvtier.hashing import chain_root, hash_blocks
+
+        core = self.llm.llm_engine.engine_core.engine_core
+        layer = core.model_executor.driver_worker.worker.model_runner.model.model.layers[1]
+
+        def fail(*arguments: Any, **named: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        layer.forward = fail
+        try:
+            self.generate([tokens], 1)
+        except RuntimeError:
+            half = self.scheduler.connector.scheduler
+            names = hash_blocks(chain_root(half.engine.namespace.id), tokens, BLOCK)
+            return len(half._store().match(names).slots)
+        raise AssertionError("the pass did not fail")
+
     def timed(self, tokens: list[int]) -> float:
         from vllm import SamplingParams
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm h
 
 from vllm.v1.request import RequestStatus
 
+from kvtier.hashing import chain_root, hash_blocks
+from kvtier.vllm.meta import WorkerMeta
 from tests.s3_support import eventually
 from tests.vllm.engine import SEED
 from tests.vllm.machine import BLOCK, Machine, next_token
@@ -68,6 +73,29 @@ def lose(machine: Machine, how: Any) -> None:
     machine.worker.worker._copy_in = maybe
 
 
+def lose_elsewhere(machine: Machine, how: Any) -> None:
+    """Let loads fail whenever `how()` says so, but on another rank than this one, which saves for all.
+
+    What it computes of these requests is wrong all the same, since each rank has a part of every layer.
+    """
+    half = machine.scheduler.connector.scheduler
+    half.engine = dataclasses.replace(half.engine, latent=True, ranks=2)
+    half._one_saves = True
+    worker, failed = machine.worker, [0]
+    copy_in, meta = worker.worker._copy_in, worker.build_connector_worker_meta
+
+    def maybe(store: Any, load: Any) -> bool:
+        if how():
+            store.release(load.lease, 0)
+            worker.worker._failed_pages.update(load.pages)
+            failed[0] = worker.worker._step
+            return True
+        return copy_in(store, load)
+
+    worker.worker._copy_in = maybe
+    worker.build_connector_worker_meta = lambda: meta().aggregate(WorkerMeta(0, failed[0]))
+
+
 KINDS = {
     "plain": {},
     "second runner": {"second_runner": True},
@@ -80,11 +108,20 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("losses", [0.0, 0.2], ids=["", "lost loads"])
 def test_storm(kind, losses, machine):
+    storm(kind, losses, machine, lose)
+
+
+@pytest.mark.parametrize("kind", ["plain", "second runner", "asynchronous", "drafts"])
+def test_storm_with_loads_that_are_lost_on_another_rank_than_the_one_that_saves(kind, machine):
+    storm(kind, 0.2, machine, lose_elsewhere)
+
+
+def storm(kind: str, losses: float, machine: Any, losing: Any) -> None:
     print("seed", SEED)
     rng = random.Random(f"{SEED} {kind} {losses}")
     # Prompts are computed in pieces that end inside of a block, and the pool holds two or three requests.
     engine = machine(pages=33, budget=23, seed=rng.random(), **KINDS[kind])
-    lose(engine, lambda: rng.random() < losses)
+    losing(engine, lambda: rng.random() < losses)
     families = [text(f"{kind} family {n}", rng.randrange(6, 40)) for n in range(3)]
     alive: list[str] = []
     for n in range(100):
@@ -150,6 +187,53 @@ def test_a_lost_load_is_computed_and_nothing_of_the_step_is_stored(machine):
     engine.run_out()
     assert told(engine, "third")
     assert count(engine, "loaded_tokens") >= 10 * BLOCK
+
+
+def test_a_promise_that_is_over_before_the_load_is_given_back(machine):
+    engine = machine(pages=64)
+    prompt = text("over", 5 * BLOCK + 1)
+    engine.add("first", prompt, 1)
+    engine.run_out()
+    engine.scheduler.reset_prefix_cache()
+    hold = engine.store.hold
+    # As with an agent that does not answer.
+    over = [True]
+
+    def end_soon(lease: int) -> float:
+        hold(lease)
+        return time.monotonic() + 1e-6 if over.pop() else math.inf
+
+    engine.store.hold = end_soon
+    engine.add("second", prompt, 3)
+    engine.run_out()
+    assert told(engine, "second")
+    assert count(engine, "lost_promises") == 1
+    nothing_held(engine)
+
+
+def test_requests_that_go_on_over_a_reset_have_nothing_to_do_with_what_was_before(machine):
+    engine = machine(pages=64)
+    half = engine.scheduler.connector.scheduler
+    prompt = text("reset", 6 * BLOCK + 1)
+    engine.add("running", prompt, 20)
+    for _ in range(5):
+        engine.step()
+    engine.add("new", [*prompt, 1], 3)
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    engine.run_out()
+    assert told(engine, "running")
+    assert told(engine, "new")
+    assert count(engine, "loaded_tokens") == 0
+    whole = [*prompt, *engine.said["running"]]
+    names = hash_blocks(chain_root(half.engine.namespace.id), whole, BLOCK)
+    match = engine.store.match(names)
+    engine.store.release(match.lease)
+    assert 6 <= len(match.slots) < len(names) - 1
+    # What came after it is stored, by another name.
+    engine.scheduler.reset_prefix_cache()
+    engine.add("again", [*prompt, 1], 3)
+    engine.run_out()
+    assert count(engine, "loaded_tokens") == 6 * BLOCK
 
 
 def test_with_the_policy_fail_a_lost_load_ends_its_request_and_no_other(machine):

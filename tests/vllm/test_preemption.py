@@ -87,3 +87,7 @@ def test_blocks_that_are_lost_before_the_load_are_computed(engine):
     again = engine.generate([longer])
     engine.ask("forget")
     assert engine.generate([longer]) == again
+
+
+def test_nothing_is_stored_of_a_pass_that_failed(engine):
+    assert engine.ask("fail_a_pass", tokens=prompt("fails", 5 * BLOCK)) == 0

@@ -18,7 +18,7 @@ from kvtier.vllm.request import Identity, RequestState
 
 def request(path: Path | None = None, number: int = 1, **given: Any) -> Any:
     lora = SimpleNamespace(lora_int_id=number, lora_path=str(path)) if path else None
-    facts = {
+    facts: dict[str, Any] = {
         "prompt_token_ids": [1, 2],
         "pooling_params": None,
         "lora_request": lora,
@@ -59,6 +59,14 @@ def test_requests_are_left_alone_until_their_adapter_is_read(tmp_path: Path) -> 
     asked = request(adapter(tmp_path / "a", b"one"))
     assert Identity.of(asked, adapters) is None
     assert read(adapters, asked).lora is not None
+
+
+def test_requests_whose_adapter_is_read_anew_are_left_alone(tmp_path: Path) -> None:
+    adapters = Adapters()
+    asked = request(adapter(tmp_path / "a", b"one"))
+    assert read(adapters, asked).lora is not None
+    asked.lora_request.load_inplace = True
+    assert Identity.of(asked, adapters) is None
 
 
 def advanced(state: RequestState, computed: int, scheduled: int, drafts: list[int] | None = None) -> int:

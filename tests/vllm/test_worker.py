@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -188,6 +190,31 @@ def test_after_a_failed_load_nothing_is_saved_until_the_scheduler_knows(rig):
     half.save()
     assert half.take_counts()["saved_blocks"] == 1
     assert store.stats()["filling_slots"] == 0
+
+
+@contextmanager
+def vllms_pass(half) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        half.save()
+
+
+def test_nothing_is_saved_of_a_step_whose_pass_failed(rig):
+    half, store, _ = rig
+    half._on_gpu = False
+    half.bind(ConnectorMeta(1, saves=reserved(store, chain(2))))
+    with pytest.raises(RuntimeError, match="out of memory"), vllms_pass(half):
+        raise RuntimeError("out of memory")
+    assert store.stats()["filling_slots"] == 0
+    assert store.match(chain(2)).slots == ()
+    try:
+        raise ValueError("the engine's caller may have troubles of its own")
+    except ValueError:
+        half.bind(ConnectorMeta(2, saves=reserved(store, chain(2))))
+        with vllms_pass(half):
+            pass
+    assert len(store.match(chain(2)).slots) == 2
 
 
 def test_orders_of_a_step_that_was_called_off_are_given_up(rig):
