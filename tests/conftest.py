@@ -15,6 +15,12 @@ settings.register_profile("kvtier", deadline=None)
 settings.load_profile("kvtier")
 
 
+@pytest.fixture(autouse=True)
+def told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test see messages that are told once a minute."""
+    monkeypatch.setattr("kvtier._logging._last", {})
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server on loopback. Tests that kill or pause it bring it back before they end."""

@@ -40,11 +40,14 @@ def serve(config: Config, *, lock: int | None = None, linger: float | None = Non
     """
     directory = agent_directory(config)
     make_directory(directory)
-    if lock is None and (lock := take_lock(directory)) is None:
-        raise ConfigError(f"{directory}: an agent runs here already, or has not ended yet")
-    # For people, and for tests that kill it.
-    os.truncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    try:
+        if lock is None and (lock := take_lock(directory)) is None:
+            raise ConfigError(f"{directory}: an agent runs here already, or has not ended yet")
+        # For people, and for tests that kill it.
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot hold the agent's files: {error.strerror}") from error
     if config.agent.directory is None:
         ask_for_room(directory, config.flush_timeout)
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -56,12 +59,22 @@ def serve(config: Config, *, lock: int | None = None, linger: float | None = Non
     )
     try:
         agent = Agent(directory, stores, linger=linger)
+    except OSError as error:
+        raise ConfigError(f"{directory}: the agent cannot listen: {error.strerror or error}") from error
+    try:
         health = HealthServer(agent, config.agent.http)
     except OSError as error:
-        raise ConfigError(f"the agent cannot listen: {error}") from error
+        raise ConfigError(
+            f"the agent cannot listen on {config.agent.http or 'loopback'}: {error.strerror or error}; "
+            "allowed as agent.http: an address of this machine with a port that nobody uses"
+        ) from error
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
-    _write(directory / HTTP, f"{health.address}\n")
+    try:
+        _write(directory / HTTP, f"{health.address}\n")
+    except OSError as error:
+        # It serves all the same: `kvtier status` does not find it, unless agent.http says where it is.
+        _log.warning("%s cannot be written: %s", directory / HTTP, error.strerror)
     _log.info("the agent serves in %s, health on http://%s", directory, health.address)
     agent.run(config.flush_timeout)
     health.close()

@@ -71,7 +71,10 @@ class Agent:
         self._router.setsockopt(zmq.SNDHWM, _SEND_QUEUE)
         self._router.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
         (directory / wire.DESK).unlink(missing_ok=True)
-        self._router.bind(f"ipc://{directory / wire.DESK}")
+        try:
+            self._router.bind(f"ipc://{directory / wire.DESK}")
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, error.strerror) from error
         self._arrivals: queue.SimpleQueue[Session] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
         self._wake, self._bell = socket.socketpair()

@@ -13,12 +13,6 @@ from kvtier.connector import shared
 from tests.agent_support import AgentThread, Place
 
 
-@pytest.fixture(autouse=True)
-def told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each test see messages that are told once a minute."""
-    monkeypatch.setattr("kvtier._logging._last", {})
-
-
 @pytest.fixture
 def place() -> Iterator[Place]:
     """A directory for an agent."""
