@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import select
 import socket
 import threading
@@ -12,7 +14,7 @@ from concurrent.futures import CancelledError
 import pytest
 
 from kvtier.tiers.s3.lanes import Lanes
-from kvtier.tiers.s3.waiting import run, wait_for
+from kvtier.tiers.s3.waiting import Request, run, wait_for
 
 PATIENCE = 30.0
 
@@ -181,3 +183,83 @@ def test_threads_end_with_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
         while any(thread.name == "kvtier-test-end" for thread in threading.enumerate()):
             assert time.monotonic() < end
             time.sleep(0.01)
+
+
+def test_where_no_thread_can_be_started_requests_are_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = Lanes("test", 2, 2)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async def work() -> None:
+        await wait_for((), 0.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvtier.tiers.s3.lanes.os.eventfd", fail)
+        assert lanes.submit(work).cancelled()
+    lanes.submit(work).result(PATIENCE)
+    lanes.close()
+
+
+def test_a_request_that_cannot_be_made_harms_nobody_else() -> None:
+    lanes = Lanes("test", 1, 1)
+
+    def fail() -> Request[None]:
+        raise MemoryError
+
+    async def work() -> None:
+        await wait_for((), 0.0)
+
+    bad, good = lanes.submit(fail), lanes.submit(work)
+    assert isinstance(bad.exception(PATIENCE), MemoryError)
+    good.result(PATIENCE)
+    lanes.close()
+
+
+def test_what_a_thread_cannot_go_on_with_fails_and_the_rest_goes_to_another(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, _ = pair
+    lanes, begun, seen = Lanes("test", 1, 2), threading.Event(), []
+    poll = select.poll
+
+    class Broken:
+        """A wait that fails as soon as a request waits for a socket of its own."""
+
+        def __init__(self) -> None:
+            self._poll, self._sockets = poll(), 0
+
+        def register(self, descriptor: int, events: int) -> None:
+            self._sockets += 1
+            self._poll.register(descriptor, events)
+
+        def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+            if self._sockets > 1:
+                raise OSError(errno.ENOMEM, "no memory")
+            return self._poll.poll(milliseconds)
+
+    async def cleans_up() -> None:
+        try:
+            begun.set()
+            await received(near)
+        except Exception as error:
+            seen.append(error)
+
+    async def stubborn() -> None:
+        with contextlib.suppress(Exception):
+            await received(near)
+        await received(near)
+
+    async def work() -> None:
+        await wait_for((), 0.0)
+
+    monkeypatch.setattr("kvtier.tiers.s3.lanes.select.poll", Broken)
+    # The first is under way, the others wait in the queue when the thread ends.
+    futures = [lanes.submit(each) for each in (cleans_up, stubborn, work, work)]
+    futures[0].result(PATIENCE)
+    assert [type(error) for error in seen] == [RuntimeError]
+    assert isinstance(futures[1].exception(PATIENCE), RuntimeError)
+    for future in futures[2:]:
+        future.result(PATIENCE)
+    lanes.submit(work).result(PATIENCE)
+    lanes.close()

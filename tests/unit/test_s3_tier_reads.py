@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
+
+import pytest
 
 from kvtier.tiers.s3 import S3Tier
 from kvtier.tiers.s3.bucket import BucketTimeout
@@ -161,3 +164,25 @@ def test_closing_ends_a_read_that_waits(bucket: FakeBucket, open_tier: Callable[
     assert tier.match(hashes_of(blocks)) == 0
     assert tier.write(chain(1, seed=9)) == 0
     tier.close()
+
+
+def test_blocks_are_misses_once_each_where_a_fetch_cannot_be_made(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, blocks = open_tier(), chain(2 * WINDOW)
+    stored(tier, blocks)
+    delivered: list[tuple[bytes, object]] = []
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    def break_down(*_: object) -> None:
+        raise MemoryError
+
+    for target, failure in (("lanes.os.eventfd", fail), ("reader._Buffer", break_down)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kvtier.tiers.s3.{target}", failure)
+            tier.read(hashes_of(blocks), lambda *block: delivered.append(block))
+        assert sorted(delivered) == sorted((block, None) for block in hashes_of(blocks))
+        delivered.clear()
+    assert read_all(tier, hashes_of(blocks)) == payloads_of(blocks)

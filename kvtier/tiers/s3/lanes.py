@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -11,7 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from kvtier._logging import log_once
 from kvtier.tiers.s3.waiting import Request, Wait, milliseconds
+
+_logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 60.0
 
@@ -34,7 +38,7 @@ class _Lane:
 
     Attributes:
         turns: Its requests; no other thread touches them.
-        sleeps: Whether it waits, and begins no request before it is woken.
+        sleeps: Whether it waits, and begins no request before it is woken; guarded by the lock of `Lanes`.
     """
 
     def __init__(self) -> None:
@@ -133,24 +137,37 @@ class Lanes:
                 return
 
     def _start(self) -> None:
-        lane = _Lane()
-        thread = threading.Thread(target=self._serve, args=(lane,), name=self._name, daemon=True)
+        """Start a thread, unless there are too many or the interpreter ends. The lock is held."""
+        try:
+            lane = _Lane()
+        except OSError as error:
+            log_once(_logger, "start", "a thread that reads from the bucket cannot be started: %s", error)
+            return
+        thread = threading.Thread(target=self._run, args=(lane,), name=self._name, daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            # The interpreter ends.
             lane.close()
         else:
             self._lanes.append(lane)
+
+    def _run(self, lane: _Lane) -> None:
+        try:
+            self._serve(lane)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody must wait for ever for this thread
+            self._abandon(lane, error)
 
     def _serve(self, lane: _Lane) -> None:
         while True:
             may_begin = self._has_room(lane)
             now = time.monotonic()
             ready = lane.wait(now if may_begin else now + _IDLE_SECONDS)
-            for turn, mine in lane.due(ready):
+            due = lane.due(ready)
+            if due:
+                self._keeps_busy(lane)
+            for turn, mine in due:
                 self._advance(lane, turn.job, turn.request, mine)
-            if may_begin and not ready:
+            if may_begin and not due:
                 self._begin(lane)
             elif not lane.turns and self._leaves(lane, idle=not ready):
                 return
@@ -170,10 +187,23 @@ class Lanes:
             # Somebody else may have time for the next one.
             if self._queue:
                 self._wake_one()
-        if job.future.set_running_or_notify_cancel():
-            self._advance(lane, job, job.begin(), None)
-        else:
+        if not job.future.set_running_or_notify_cancel():
             self._end()
+            return
+        try:
+            request = job.begin()
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever holds the future
+            job.future.set_exception(error)
+            self._end()
+        else:
+            self._advance(lane, job, request, None)
+
+    def _keeps_busy(self, lane: _Lane) -> None:
+        """Note that a thread has its own requests to work on: what it was woken to begin is for others."""
+        with self._lock:
+            lane.sleeps = False
+            if self._queue and self._under_way < self._limit:
+                self._wake_one()
 
     def _advance(self, lane: _Lane, job: _Job, request: Request[None], ready: list[int] | None) -> None:
         """Let a request go on until it waits again or has ended."""
@@ -194,6 +224,25 @@ class Lanes:
             if self._queue:
                 self._wake_one()
 
+    def _abandon(self, lane: _Lane, error: BaseException) -> None:
+        """Fail the requests of a thread that cannot go on, and have another one take the queue over."""
+        log_once(_logger, "abandon", "a thread that reads from the bucket ends early: %r", error)
+        turns = list(lane.turns.values())
+        with self._lock:
+            self._lanes.remove(lane)
+            self._under_way -= len(turns)
+            if self._queue and not self._lanes:
+                self._start()
+            dropped = [] if self._lanes else list(self._queue)
+            for _ in dropped:
+                self._queue.popleft()
+            self._wake_one()
+        lane.close()
+        for turn in turns:
+            _end_early(turn, error)
+        for job in dropped:
+            job.future.cancel()
+
     def _leaves(self, lane: _Lane, idle: bool) -> bool:
         """Let a thread without requests go, if it is not needed."""
         with self._lock:
@@ -202,3 +251,14 @@ class Lanes:
             self._lanes.remove(lane)
             lane.close()
             return True
+
+
+def _end_early(turn: _Turn, error: BaseException) -> None:
+    """Have a request fail where it waits, so that it does what it does when it fails."""
+    try:
+        turn.request.throw(RuntimeError(f"the thread of this request cannot go on: {error!r}"))
+        raise RuntimeError("a request waits again although it cannot be gone on with")
+    except StopIteration:
+        turn.job.future.set_result(None)
+    except BaseException as outcome:  # noqa: BLE001 - it belongs to whoever holds the future
+        turn.job.future.set_exception(outcome)

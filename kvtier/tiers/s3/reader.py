@@ -147,30 +147,35 @@ class BlockReader:
         plans = plan_ranges([location for location in located if location is not None], self._concurrency)
         size = sum(plan.length for plan in plans)
         deadline = time.monotonic() + self._patience + size / _SLOWEST_BYTES_PER_SECOND
-        futures = [self._lanes.submit(partial(self._fetch, plan, deliver, deadline)) for plan in plans]
+        waiting = [deque(plan.blocks) for plan in plans]
+        futures = [
+            self._lanes.submit(partial(self._fetch, plan, blocks, deliver, deadline))
+            for plan, blocks in zip(plans, waiting, strict=True)
+        ]
         for block_hash, location in zip(hashes, located, strict=True):
             if location is None:
                 self._deliver(deliver, block_hash, None)
-        for plan, future in zip(plans, futures, strict=True):
-            if not _has_run(future):
-                for location in plan.blocks:
-                    self._deliver(deliver, location.hash, None)
+        for blocks, future in zip(waiting, futures, strict=True):
+            failure = _failure(future)
+            if failure is not None:
+                log_once(_logger, "fetch", "blocks were not fetched: %r", failure)
+            self._miss(blocks, deliver)
 
     def close(self) -> None:
         """Take no more requests; those under way run into their time-outs at worst."""
         self._lanes.close()
 
-    async def _fetch(self, plan: RangePlan, deliver: Deliver, deadline: float) -> None:
+    async def _fetch(
+        self, plan: RangePlan, waiting: deque[Location], deliver: Deliver, deadline: float
+    ) -> None:
         """Deliver a range block by block as it arrives: what has come is decoded while the rest is coming."""
-        waiting = deque(plan.blocks)
         if time.monotonic() > deadline:
             self._counters.add("late_ranges")
         elif not self._health.breaker.is_open:
             buffer = self._spare.buffers.pop() if self._spare.buffers else _Buffer()
             await self._receive(plan, self._parts(plan, waiting, deliver, buffer))
             self._spare.buffers.append(buffer)
-        for location in waiting:
-            self._deliver(deliver, location.hash, None)
+        self._miss(waiting, deliver)
 
     async def _receive(self, plan: RangePlan, parts: Iterator[memoryview]) -> None:
         try:
@@ -202,6 +207,10 @@ class BlockReader:
             self._deliver(deliver, location.hash, payload.toreadonly())
             end = location.offset + location.length
 
+    def _miss(self, waiting: deque[Location], deliver: Deliver) -> None:
+        while waiting:
+            self._deliver(deliver, waiting.popleft().hash, None)
+
     def _deliver(self, deliver: Deliver, block_hash: bytes, payload: memoryview | None) -> None:
         self._counters.add("blocks_missed" if payload is None else "blocks_read")
         try:
@@ -211,10 +220,9 @@ class BlockReader:
             log_once(_logger, "deliver", "a receiver of blocks failed: %r", error)
 
 
-def _has_run(future: Future[None]) -> bool:
-    """Wait for a fetch; False if the closing pool cancelled it, so that it has delivered nothing."""
+def _failure(future: Future[None]) -> BaseException | None:
+    """Wait for a fetch; return what went wrong, None too where the closing tier cancelled it."""
     try:
-        future.result()
+        return future.exception()
     except CancelledError:
-        return False
-    return True
+        return None
