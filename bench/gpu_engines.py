@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,23 @@ from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 
 TOKENS_PER_BLOCK = 32
 OUTPUT = 16
+START_SECONDS = 60.0
+"""In which an agent comes up and has its memory pinned."""
+
+
+class _Said(logging.Handler):
+    """Keeps the last warnings of kvtier, each of which is given at most once a minute."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=5)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+_said = _Said()
+logging.getLogger("kvtier").addHandler(_said)
 
 
 @dataclass
@@ -81,10 +100,7 @@ class Bench:
         engine = Engine(model or self.model, config, **connector)
         try:
             if tiers is not None:
-                # Until the agent is there and its memory is pinned, nothing is saved.
-                while not saved(engine, 1, 0.0):
-                    ask(engine, self.prompt(TOKENS_PER_BLOCK + 1), 1)
-                    time.sleep(0.05)
+                self._wait_until_saved(engine)
             yield engine
         finally:
             engine.close()
@@ -93,6 +109,23 @@ class Bench:
                 engine.connector.leader.close()
             del engine
             gc.collect()
+
+    def _wait_until_saved(self, engine: Engine) -> None:
+        """Ask until a block is saved: before the agent is there and its memory is pinned, none is.
+
+        Raises:
+            RuntimeError: That does not happen; with what kvtier has to say about it.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not saved(engine, 1, 0.0):
+            assert engine.connector is not None
+            stats = {**engine.connector.leader.stats(), **engine.connector.worker.stats()}
+            is_open = any(name.startswith("store_") for name in stats)
+            if not is_open or time.monotonic() > deadline:
+                what = "nothing is saved" if is_open else "the store is not open"
+                raise RuntimeError(f"{what}: {'; '.join(_said.lines) or stats}")
+            ask(engine, self.prompt(TOKENS_PER_BLOCK + 1), 1)
+            time.sleep(0.05)
 
     def memory(self, prompts: int) -> dict[str, Any]:
         """Return the configuration of an arena for so many of the longest prompts."""
