@@ -16,7 +16,7 @@ from kvtier.config import load_config
 from kvtier.connector.adapters import Adapters
 from kvtier.connector.guard import no_orders, shielded
 from kvtier.connector.hash_cache import HashCache
-from kvtier.store.base import Match, StoreClient
+from kvtier.store.base import Match, Run, StoreClient
 from kvtier.store.gate import ComputePace
 from kvtier.vllm.identity import EngineFacts, config_path
 from kvtier.vllm.meta import ConnectorMeta, Load, Save
@@ -167,7 +167,7 @@ class SchedulerHalf:
         self._drop_promise(state, store)
         self._free_pages(state)
         state.pages = list(block_ids)
-        self._offer(state, store, self._tails)
+        self._tails += self._offer([state], store)
 
     @shielded(_no_pages)
     def update_connector_output(self, output: Any) -> set[int]:
@@ -299,16 +299,14 @@ class SchedulerHalf:
         if scheduler_output.total_num_scheduled_tokens:
             tokens = int(scheduler_output.total_num_scheduled_tokens)
             self._under_way[self._step] = (tokens, time.monotonic())
-        saves: list[Save] = []
         try:
-            for state in self._advance(scheduler_output):
-                if store is not None:
-                    self._offer(state, store, saves)
+            states = self._advance(scheduler_output)
+            return tuple(self._offer(states, store)) if store is not None else ()
         except Exception:
-            if store is not None:
-                store.abort([save.ticket for save in saves])
+            # Nobody knows any more which pages belong to whom.
+            for state in self._requests.values():
+                state.identity = None
             raise
-        return tuple(saves)
 
     def _see_end(self, step: int) -> None:
         """Learn from a step's end how fast the engine computes."""
@@ -348,23 +346,30 @@ class SchedulerHalf:
             states.append(state)
         return states
 
-    def _offer(self, state: RequestState, store: StoreClient, saves: list[Save]) -> None:
-        """Reserve slots for those blocks that were not offered yet.
+    def _offer(self, states: Sequence[RequestState], store: StoreClient) -> list[Save]:
+        """Reserve slots for those blocks of requests that were not offered yet.
 
         Blocks that were matched or loaded are offered too, once: what fell out of the arena comes back.
         """
-        first, last = state.handled, state.savable()
-        if state.identity is None or last <= first:
-            return
-        if any(not pages.isdisjoint(state.pages) for pages in self._unheard.values()):
-            # Later, if the load has not failed anywhere.
-            return
-        state.handled, state.saved = last, self._step
-        hashes = state.hash_through(last)[first:last]
-        tickets = store.reserve(state.hash_before(first), first, hashes)
-        saves += [
+        runs: list[Run] = []
+        pages: list[list[int]] = []
+        for state in states:
+            first, last = state.handled, state.savable()
+            if state.identity is None or last <= first:
+                continue
+            if any(not loaded.isdisjoint(state.pages) for loaded in self._unheard.values()):
+                # Later, if the load has not failed anywhere.
+                continue
+            state.handled, state.saved = last, self._step
+            hashes = state.hash_through(last)[first:last]
+            runs.append(Run(state.hash_before(first), first, hashes))
+            pages.append(state.pages[first:last])
+        # All at once: with an agent the engine's thread waits for one answer, not for one after the other.
+        reservations = store.reserve_soon(runs) if runs else []
+        return [
             Save(ticket, page)
-            for ticket, page in zip(tickets, state.pages[first:last], strict=True)
+            for reservation, places in zip(reservations, pages, strict=True)
+            for ticket, page in zip(reservation.take(wait=True) or (), places, strict=False)
             if ticket is not None
         ]
 

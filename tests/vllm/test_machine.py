@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from kvtier.hashing import chain_root, hash_blocks
 from kvtier.vllm.meta import WorkerMeta
+from kvtier.vllm.request import RequestState
 from tests.s3_support import eventually
 from tests.vllm.engine import SEED
 from tests.vllm.machine import BLOCK, Machine, next_token
@@ -208,6 +209,35 @@ def test_a_promise_that_is_over_before_the_load_is_given_back(machine):
     engine.run_out()
     assert told(engine, "second")
     assert count(engine, "lost_promises") == 1
+    nothing_held(engine)
+
+
+def test_after_a_defect_nothing_more_is_stored_of_the_requests_there_are(machine, monkeypatch):
+    engine = machine(pages=64)
+    prompts = {f"r{n}": text(f"defect {n}", 2 * BLOCK - 1) for n in range(4)}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, 20)
+    engine.step()
+    engine.step()
+    advance, defects = RequestState.advance, [True]
+
+    def fail_once(state: RequestState, *step: Any) -> None:
+        if state.request.request_id == "r1" and defects:
+            defects.pop()
+            raise RuntimeError("a defect")
+        advance(state, *step)
+
+    # In this step each of them gets a page.
+    monkeypatch.setattr(RequestState, "advance", fail_once)
+    engine.step()
+    assert count(engine, "errors__saves") == 1
+    engine.run_out()
+    engine.scheduler.reset_prefix_cache()
+    for name, prompt in prompts.items():
+        engine.add(f"{name} again", [*prompt, *engine.said[name]], 3)
+    engine.run_out()
+    assert all(told(engine, name) for name in engine.requests)
+    assert count(engine, "loaded_tokens") > 0
     nothing_held(engine)
 
 
