@@ -22,6 +22,7 @@ from kvtier.agent.stores import Stores
 from kvtier.config import AgentConfig, Config, MemoryConfig
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
+from kvtier.store import TieredStore
 from kvtier.tiers import Tier
 from tests.store_support import LAYOUT
 
@@ -166,6 +167,12 @@ class AgentThread:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def store_of(agent: AgentThread) -> TieredStore:
+    """Return the only store that an agent has open."""
+    (opened,) = agent.stores.open_stores()
+    return opened.store
 
 
 def eventually(condition: Callable[[], object], what: str = "") -> None:

@@ -103,17 +103,18 @@ class Desk:
         match = store.finish(lookup, wait, cost, further, holders=holders, owner=group.owner)
         if match.lease and not group.members:
             # The engine went while this waited: nobody will release it.
-            store.release(match.lease)
+            store.release(match.lease, owner=group.owner)
             match = Match()
         slots = wire.pack_numbers(match.slots, "I")
         return wire.Matched(request.id, match.lease, slots, dict(match.sources), match.ask_again)
 
     def _hold(self, session: Session, request: wire.Hold) -> wire.Done:
-        return wire.Done(request.id, session.opened.store.hold(request.lease) > 0.0)
+        held = session.opened.store.hold(request.lease, owner=session.group.owner)
+        return wire.Done(request.id, held > 0.0)
 
     def _release(self, session: Session, request: wire.Release) -> None:
         shard = None if request.shard < 0 else request.shard
-        session.opened.store.release(request.lease, shard)
+        session.opened.store.release(request.lease, shard, owner=session.group.owner)
 
     def _reserve(self, session: Session, request: wire.Reserve) -> wire.Reserved:
         runs = [
@@ -135,12 +136,13 @@ class Desk:
 
     def _commit(self, session: Session, request: wire.Commit) -> None:
         store = session.opened.store
-        store.commit(wire.unpack_numbers(request.tickets, "Q"), _checked(request.shard, store))
+        tickets, shard = wire.unpack_numbers(request.tickets, "Q"), _checked(request.shard, store)
+        store.commit(tickets, shard, owner=session.group.owner)
 
     def _abort(self, session: Session, request: wire.Abort) -> None:
         store = session.opened.store
         shard = None if request.shard == -1 else _checked(request.shard, store)
-        store.abort(wire.unpack_numbers(request.tickets, "Q"), shard)
+        store.abort(wire.unpack_numbers(request.tickets, "Q"), shard, owner=session.group.owner)
 
     def _stats(self, session: Session, request: wire.Stats) -> wire.Numbers:
         return wire.Numbers(request.id, dict(session.opened.store.stats()))

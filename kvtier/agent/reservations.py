@@ -16,7 +16,7 @@ from kvtier.store.base import Granted, Reservation, Run
 _log = logging.getLogger(__name__)
 
 RESERVED_SECONDS = 60.0
-"""Tickets that nobody has taken by then are given up: the request was cancelled, or is not scheduled.
+"""Tickets that nobody has taken or given up by then are given up: an engine has forgotten them.
 
 They are taken in the pass after the one that asked: a prefill without a GPU takes many seconds.
 """
@@ -66,24 +66,27 @@ class _Batch:
 
 
 class _Pending:
-    __slots__ = ("_batch", "_over", "_owner", "_run", "_size")
+    __slots__ = ("_batch", "_owner", "_run", "_size")
 
     def __init__(self, owner: Reservations, batch: _Batch, run: int, size: int) -> None:
         self._owner = owner
         self._batch = batch
         self._run = run
         self._size = size
-        # Whoever has waited in vain takes no tickets that come later: they are given up as untaken.
-        self._over = False
 
     def take(self, wait: bool = False) -> list[int | None] | None:
         """Return the tickets; see `Reservation.take`."""
         batch = self._batch
-        if not self._over and self._owner.look(batch.answer, wait) is None and self._run in batch.untaken:
-            self._over = wait
-            return [None] * self._size if wait else None
-        place = None if self._over else batch.untaken.pop(self._run, None)
+        if self._run in batch.untaken and self._owner.look(batch.answer, wait) is None:
+            if not wait:
+                return None
+            self.give_up()
+        place = batch.untaken.pop(self._run, None)
         return [None] * self._size if place is None else batch.tickets(*place)
+
+    def give_up(self) -> None:
+        """Give the tickets back; see `Reservation.give_up`."""
+        self._owner.give_up(self._batch, self._run)
 
 
 class Reservations:
@@ -104,19 +107,21 @@ class Reservations:
         self._patience = patience
         self._clock = clock
         self._batches: deque[_Batch] = deque()
+        # What was given up, by the place in its batch's answer.
+        self._unwanted: deque[tuple[_Batch, tuple[int, int]]] = deque()
 
     def ask(self, runs: Sequence[Run]) -> list[Reservation]:
         """Ask for the slots of several runs."""
         if sum(len(run.hashes) for run in runs) > wire.MAX_BLOCKS:
             half = len(runs) // 2
             if not half:
-                return [Granted([None] * len(run.hashes)) for run in runs]
+                return [_none(run) for run in runs]
             return self.ask(runs[:half]) + self.ask(runs[half:])
         request = wire.Reserve(0, 0, [(parent, first, b"".join(hashes)) for parent, first, hashes in runs])
         answer = self._link.ask(request)
         if answer is None:
             self._counters.add("client_missed_reservations")
-            return [Granted([None] * len(run.hashes)) for run in runs]
+            return [_none(run) for run in runs]
         sizes = [len(run.hashes) for run in runs]
         batch = _Batch(answer, self._clock(), sizes)
         self._batches.append(batch)
@@ -126,17 +131,33 @@ class Reservations:
         """Return the agent's answer if it is here, or (`wait`) comes in time."""
         return self._link.wait_for(answer, self._patience()) if wait else answer.reply
 
+    def give_up(self, batch: _Batch, run: int) -> None:
+        """Have one run's tickets aborted, as soon as they are here."""
+        place = batch.untaken.pop(run, None)
+        if place is not None:
+            self._unwanted.append((batch, place))
+
     def expire(self) -> None:
-        """Give up the tickets that nobody has taken in time; for one thread."""
+        """Abort the tickets that were given up, or not taken in time; for one thread."""
         oldest = self._clock() - RESERVED_SECONDS
-        while self._batches and self._batches[0].since <= oldest:
-            batch = self._batches.popleft()
-            places = [place for run in list(batch.untaken) if (place := batch.untaken.pop(run, None))]
-            if not places:
-                continue
-            self._counters.add("client_untaken_reservations", len(places))
-            if self._link.renounce(batch.answer) is None:
-                continue
-            untaken = [ticket for place in places for ticket in batch.tickets(*place) if ticket is not None]
-            for epoch, numbers in tickets_by_epoch(untaken):
+        batches = self._batches
+        while batches and (not batches[0].untaken or batches[0].since <= oldest):
+            batch = batches.popleft()
+            for run in list(batch.untaken):
+                self._counters.add("client_untaken_reservations")
+                self.give_up(batch, run)
+        for _ in range(len(self._unwanted)):
+            batch, place = self._unwanted.popleft()
+            if batch.answer.reply is None:
+                if batch.since > oldest:
+                    self._unwanted.append((batch, place))
+                    continue
+                if self._link.renounce(batch.answer) is None:
+                    continue
+            tickets = [ticket for ticket in batch.tickets(*place) if ticket is not None]
+            for epoch, numbers in tickets_by_epoch(tickets):
                 self._link.post(wire.Abort(0, 0, numbers, -1), epoch)
+
+
+def _none(run: Run) -> Granted:
+    return Granted([None] * len(run.hashes), lambda tickets: None)

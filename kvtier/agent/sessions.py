@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvtier.agent import wire
 from kvtier.agent.notes import Notes
@@ -92,7 +93,9 @@ class Sessions:
             key = (opened.epoch, attach.group)
             known = self._groups.get(key)
             if known is None:
-                known = Group(next(self._owners), ranks, Notes(opened.store.abort, self._stores.clock))
+                owner = next(self._owners)
+                give_up = partial(opened.store.abort, owner=owner)
+                known = Group(owner, ranks, Notes(give_up, self._stores.clock))
             if known.ranks != ranks or not 0 <= rank < ranks:
                 raise ConfigError(f"rank {rank} of {ranks} joins an engine of {known.ranks} ranks")
             self._groups[key] = known

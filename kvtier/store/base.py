@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -48,8 +48,8 @@ class Reservation(Protocol):
         """Return the tickets, once; what is not taken within some seconds is given up by itself.
 
         Args:
-            wait: Whether to wait for the answer, up to the client's deadline. If none comes there are no
-                tickets, also later.
+            wait: Whether to wait for the answer, up to the client's deadline. If none comes the reservation
+                is given up.
 
         Returns:
             A ticket for each block, or None where none is needed (held already, or being filled) or none is
@@ -57,18 +57,35 @@ class Reservation(Protocol):
         """
         ...
 
+    def give_up(self) -> None:
+        """Give back what is granted and was not taken, also where the answer comes later. Never waits."""
+        ...
+
 
 class Granted:
-    """A reservation whose answer is known."""
+    """A reservation whose answer is known.
 
-    __slots__ = ("_tickets",)
+    Args:
+        tickets: The answer.
+        abort: Gives tickets back.
+    """
 
-    def __init__(self, tickets: list[int | None]) -> None:
+    __slots__ = ("_abort", "_tickets")
+
+    def __init__(self, tickets: list[int | None], abort: Callable[[list[int]], None]) -> None:
         self._tickets = tickets
+        self._abort = abort
 
     def take(self, wait: bool = False) -> list[int | None] | None:
         """Return the tickets; see `Reservation.take`."""
-        return self._tickets
+        tickets, self._tickets = self._tickets, [None] * len(self._tickets)
+        return tickets
+
+    def give_up(self) -> None:
+        """Give the tickets back; see `Reservation.give_up`."""
+        tickets = [ticket for ticket in self.take() or () if ticket is not None]
+        if tickets:
+            self._abort(tickets)
 
 
 class StoreClient(Protocol):

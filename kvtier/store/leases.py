@@ -47,7 +47,7 @@ class LeaseTable:
         Args:
             slots: Pinned slots.
             holders: How many ranks hold the lease; it ends when each of them has released it.
-            owner: Whom `end_all` of this owner ends it for.
+            owner: Who alone can hold and release it, and for whom `end_all` ends it.
         """
         with self._lock:
             lease = next(self._ids)
@@ -55,12 +55,15 @@ class LeaseTable:
             self._leases[lease] = _Lease(slots, expires, set(range(holders)), owner)
         return lease
 
-    def hold(self, lease: int) -> bool:
-        """Let a lease last until it is released; False when it has ended."""
+    def hold(self, lease: int, owner: int = 0) -> bool:
+        """Let a lease last until it is released; False when it has ended, or is another owner's."""
         with self._lock:
-            entry = self._leases.pop(lease, None)
-            if entry is None:
-                return lease in self._held
+            entry = self._leases.get(lease) or self._held.get(lease)
+            if entry is None or entry.owner != owner:
+                return False
+            if lease in self._held:
+                return True
+            del self._leases[lease]
             if entry.expires <= self._clock():
                 self._end(entry)
                 self.expired += 1
@@ -68,12 +71,12 @@ class LeaseTable:
             self._held[lease] = entry
             return True
 
-    def release(self, lease: int, shard: int | None = None) -> None:
-        """End one shard's hold, or (None) the lease; unknown ones are ignored."""
+    def release(self, lease: int, shard: int | None = None, owner: int = 0) -> None:
+        """End one shard's hold, or (None) the lease; unknown ones and other owners' are ignored."""
         with self._lock:
             table = self._held if lease in self._held else self._leases
             entry = table.get(lease)
-            if entry is None:
+            if entry is None or entry.owner != owner:
                 return
             if shard is not None:
                 entry.holders.discard(shard)

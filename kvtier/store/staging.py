@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvtier._counters import Counters
@@ -27,6 +27,9 @@ READERS_PER_TIER = 8
 
 STALL_SECONDS = 0.25
 """A tier that has reads under way and delivered nothing for so long is not waited for."""
+
+_ASK_BLOCKS = 16
+"""A tier is asked for so many blocks at first, and for four times as many whenever it holds them all."""
 
 _TRUST_SECONDS = 5.0
 """How long the pace of a tier's last read is trusted. After that blocks are fetched to learn it anew."""
@@ -128,16 +131,79 @@ class Stager:
             The blocks of that run, in order, with the name of the tier each is being fetched from, or
             "memory" for those that lie in the arena by now.
         """
-        origin: dict[bytes, str] = {}
-        position = 0
-        while position < len(hashes):
-            run = self._resident_or_underway(hashes[position:], origin)
-            if run == 0:
-                run = self._fetch_run(hashes[position:], origin, wait, block_cost)
-            if run == 0:
-                break
-            position += run
+        with self._changed:
+            here = self._memory.ready(hashes)
+            here.update(block for block in hashes if block in self._flights)
+        places = [place for place, block in enumerate(hashes) if block not in here]
+        depths = self._depths([hashes[place] for place in places], wait, block_cost)
+        run = hashes[: places[len(depths)]] if len(depths) < len(places) else hashes
+        holders = {hashes[place]: depth for place, depth in zip(places, depths, strict=False)}
+        with self._changed:
+            # All of the run is named: what it has in the arena makes no room for the rest.
+            tickets = self._memory.reserve(run) if depths else [None] * len(run)
+            origin, fetches = self._order(run, tickets, holders)
+        for depth, fetch in fetches.items():
+            self._start(depth, fetch)
         return origin
+
+    def _depths(self, blocks: Sequence[bytes], wait: float, block_cost: float | None) -> list[int]:
+        """Return the depth of the tier that each of the leading `blocks` is to be fetched from.
+
+        One that no tier holds ends it, and so does the first of a tier that is not worth waiting for.
+        """
+        depths: list[int] = []
+        while len(depths) < len(blocks):
+            for depth, lane in enumerate(self._lanes):
+                run = _leading(lane.tier, blocks, len(depths))
+                if run:
+                    depths += [depth] * run
+                    break
+            else:
+                break
+        for depth, lane in enumerate(self._lanes):
+            count = depths.count(depth)
+            if count and not lane.pays(count, wait, block_cost):
+                self._counters.add(f"{lane.tier.name}_passed_over_blocks", count)
+                depths = depths[: depths.index(depth)]
+        return depths
+
+    def _order(
+        self, run: Sequence[bytes], tickets: Sequence[int | None], holders: Mapping[bytes, int]
+    ) -> tuple[dict[bytes, str], dict[int, _Fetch]]:
+        """Say where the leading blocks of a run come from, and make one read of those that had no slot yet.
+
+        A block that somebody else is filling ends it, and so does the end of the room in the arena. The
+        lock is held.
+
+        Args:
+            run: The blocks.
+            tickets: Those that slots were reserved for just now.
+            holders: From which tier they are to be fetched, by its depth.
+
+        Returns:
+            The name of each block's tier, and the reads to be started, by depth.
+        """
+        ready = self._memory.ready(run)
+        origin: dict[bytes, str] = {}
+        granted: dict[int, dict[bytes, int]] = {}
+        own: set[int] = set()
+        for block, ticket in zip(run, tickets, strict=True):
+            flight, depth = self._flights.get(block), holders.get(block)
+            if flight is not None:
+                origin[block] = flight.lane.tier.name
+            elif ticket is not None and depth is not None:
+                origin[block] = self._lanes[depth].tier.name
+                granted.setdefault(depth, {})[block] = ticket
+                own.add(ticket)
+            elif block in ready:
+                origin[block] = "memory"
+            elif block not in origin:
+                break
+        self._memory.abort([ticket for ticket in tickets if ticket is not None and ticket not in own])
+        fetches = {depth: _Fetch(self._lanes[depth], blocks) for depth, blocks in granted.items()}
+        for fetch in fetches.values():
+            self._flights.update(dict.fromkeys(fetch.tickets, fetch))
+        return origin, fetches
 
     def wait(self, hashes: Sequence[bytes], wait: float, block_cost: float | None = None) -> None:
         """Wait until `hashes` have arrived, one of them failed, its tier stalls, or waiting pays no more.
@@ -202,39 +268,6 @@ class Stager:
         for lane in self._lanes:
             lane.workers.close(timeout / len(self._lanes))
 
-    def _resident_or_underway(self, hashes: Sequence[bytes], origin: dict[bytes, str]) -> int:
-        with self._changed:
-            for count, block in enumerate(hashes):
-                fetch = self._flights.get(block)
-                if fetch is None and self._memory.state(block) != "ready":
-                    return count
-                origin[block] = fetch.lane.tier.name if fetch else "memory"
-        return len(hashes)
-
-    def _fetch_run(
-        self, hashes: Sequence[bytes], origin: dict[bytes, str], wait: float, block_cost: float | None
-    ) -> int:
-        """Start one read of the leading run that some tier holds and the arena has room for, if it pays."""
-        for depth, lane in enumerate(self._lanes):
-            run = hashes[: lane.tier.match(hashes)]
-            if not run:
-                continue
-            if not lane.pays(len(run), wait, block_cost):
-                self._counters.add(f"{lane.tier.name}_passed_over_blocks", len(run))
-                return 0
-            with self._changed:
-                tickets = self._memory.reserve(run)
-                count = tickets.index(None) if None in tickets else len(tickets)
-                self._memory.abort([ticket for ticket in tickets[count:] if ticket is not None])
-                leading = [ticket for ticket in tickets[:count] if ticket is not None]
-                fetch = _Fetch(lane, dict(zip(run, leading, strict=False)))
-                self._flights.update(dict.fromkeys(fetch.tickets, fetch))
-            if count:
-                origin.update(dict.fromkeys(run[:count], lane.tier.name))
-                self._start(depth, fetch)
-            return count
-        return 0
-
     def _start(self, depth: int, fetch: _Fetch) -> None:
         lane = self._lanes[depth]
         with self._changed:
@@ -292,7 +325,7 @@ class Stager:
         with self._changed:
             lane.progress = time.monotonic()
             fetch.landed.append(lane.progress)
-            del self._flights[block]
+            self._flights.pop(block, None)
             # Not for each block of a run: whoever waits would take the interpreter from those that decode.
             if block in self._awaited:
                 self._changed.notify_all()
@@ -314,5 +347,17 @@ class Stager:
             self._counters.add("staging_failed_blocks", len(failed))
             with self._changed:
                 for block, _ in failed:
-                    del self._flights[block]
+                    self._flights.pop(block, None)
                 self._changed.notify_all()
+
+
+def _leading(tier: Tier, blocks: Sequence[bytes], start: int) -> int:
+    """Return how many of `blocks`, from `start` on, a tier holds; in time that goes with the answer."""
+    found, size = 0, _ASK_BLOCKS
+    while part := blocks[start + found : start + found + size]:
+        run = tier.match(part)
+        found += run
+        if run < len(part):
+            break
+        size *= 4
+    return found

@@ -52,7 +52,7 @@ class _Reservation:
         hash: The block's hash.
         parent: The hash before it.
         position: Its place in the chain.
-        owner: For `drop_owner`.
+        owner: Who alone can commit it or give it up; and for `drop_owner`.
         writing: A bit for each shard that has not said how its copy ended.
         failed: Whether one of them gave up.
     """
@@ -163,8 +163,10 @@ class TieredStore:
     ) -> Match:
         """Find, stage and lease; see `StoreClient.match`."""
         wait = self._lookup_wait if wait is None else wait
+        # On a machine with much else to do the beginning takes its time, too.
+        deadline = time.monotonic() + wait
         lookup = self.look_up(hashes, wait + ask_again, block_cost)
-        return self.finish(lookup, wait, block_cost, ask_again)
+        return self.finish(lookup, max(0.0, deadline - time.monotonic()), block_cost, ask_again)
 
     def look_up(
         self, hashes: Sequence[bytes], wait: float = math.inf, block_cost: float | None = None
@@ -179,7 +181,11 @@ class TieredStore:
         self._counters.add("lookups")
         slots = self.memory.acquire(hashes)
         missing = hashes[len(slots) :]
-        origin = self._stager.stage(missing, wait, block_cost) if missing and self._tiers else {}
+        try:
+            origin = self._stager.stage(missing, wait, block_cost) if missing and self._tiers else {}
+        except BaseException:
+            self.memory.unpin(slots)
+            raise
         return Lookup(hashes, slots, origin)
 
     def finish(
@@ -200,8 +206,23 @@ class TieredStore:
             block_cost: Seconds that computing a block takes, if known.
             ask_again: Seconds that the caller can wait further, by asking again.
             holders: How many ranks have to release the lease; None: one for each shard.
-            owner: For `drop_owner`.
+            owner: Whose the lease is, for `drop_owner`.
         """
+        try:
+            return self._lease(lookup, wait, block_cost, ask_again, holders or self.layout.shards, owner)
+        except BaseException:
+            self.memory.unpin(lookup.slots)
+            raise
+
+    def _lease(
+        self,
+        lookup: Lookup,
+        wait: float,
+        block_cost: float | None,
+        ask_again: float,
+        holders: int,
+        owner: int,
+    ) -> Match:
         hashes, slots, origin = lookup.hashes, lookup.slots, lookup.origin
         sources = {"memory": len(slots)} if slots else {}
         if origin:
@@ -210,6 +231,7 @@ class TieredStore:
             left = self._stager.patience(missing, ask_again, block_cost) if ask_again else 0.0
             if left:
                 self.memory.unpin(slots)
+                slots.clear()
                 for tier in origin.values():
                     sources[tier] = sources.get(tier, 0) + 1
                 return Match(sources=sources, ask_again=left)
@@ -224,16 +246,16 @@ class TieredStore:
             return Match()
         for note_use in self._note_use:
             note_use(hashes[len(slots) - 1])
-        lease = self._leases.grant(slots, holders or self.layout.shards, owner)
+        lease = self._leases.grant(tuple(slots), holders, owner)
         return Match(lease, tuple(slots), sources)
 
-    def hold(self, lease: int) -> float:
-        """Take a lease into use; see `StoreClient.hold`."""
-        return math.inf if self._leases.hold(lease) else 0.0
+    def hold(self, lease: int, *, owner: int = 0) -> float:
+        """Take a lease of `owner` into use; see `StoreClient.hold`."""
+        return math.inf if self._leases.hold(lease, owner) else 0.0
 
-    def release(self, lease: int, shard: int | None = None) -> None:
-        """Give a lease up; see `StoreClient.release`."""
-        self._leases.release(lease, shard)
+    def release(self, lease: int, shard: int | None = None, *, owner: int = 0) -> None:
+        """Give a lease of `owner` up; see `StoreClient.release`."""
+        self._leases.release(lease, shard, owner)
 
     def reserve(self, parent: bytes, position: int, hashes: Sequence[bytes]) -> list[int | None]:
         """Reserve slots for new blocks; see `StoreClient.reserve`."""
@@ -242,7 +264,7 @@ class TieredStore:
 
     def reserve_soon(self, runs: Sequence[Run]) -> list[Reservation]:
         """Reserve slots for several runs; see `StoreClient.reserve_soon`."""
-        return [Granted(tickets) for tickets in self.reserve_runs(runs)]
+        return [Granted(tickets, self.abort) for tickets in self.reserve_runs(runs)]
 
     def reserve_runs(self, runs: Sequence[Run], *, owner: int = 0) -> list[list[int | None]]:
         """Reserve slots for the blocks of several runs, for `owner`; see `StoreClient.reserve`."""
@@ -268,20 +290,25 @@ class TieredStore:
             self._counters.add("save_skipped_blocks", without_room)
         return granted
 
-    def commit(self, tickets: Sequence[int], shard: int = 0) -> None:
+    def commit(self, tickets: Sequence[int], shard: int = 0, *, owner: int = 0) -> None:
         """Note one shard's bytes as in place; see `StoreClient.commit`."""
-        self._settle(tickets, shard, written=True)
+        self._settle(tickets, shard, owner, written=True)
 
-    def abort(self, tickets: Sequence[int], shard: int | None = None) -> None:
-        """Give reservations up; see `StoreClient.abort`."""
+    def abort(self, tickets: Sequence[int], shard: int | None = None, *, owner: int = 0) -> None:
+        """Give reservations of `owner` up; see `StoreClient.abort`."""
         if shard is not None:
-            self._settle(tickets, shard, written=False)
+            self._settle(tickets, shard, owner, written=False)
             return
+        known: list[int] = []
         with self._lock:
-            known = [ticket for ticket in tickets if self._filling.pop(ticket, None)]
+            for ticket in tickets:
+                entry = self._filling.get(ticket)
+                if entry is not None and entry.owner == owner:
+                    del self._filling[ticket]
+                    known.append(ticket)
         self.memory.abort(known)
 
-    def _settle(self, tickets: Sequence[int], shard: int, *, written: bool) -> None:
+    def _settle(self, tickets: Sequence[int], shard: int, owner: int, *, written: bool) -> None:
         """Note how one shard's copies ended. The last shard publishes a block, or frees its slot."""
         whole: list[int] = []
         entries: list[_Reservation] = []
@@ -290,7 +317,7 @@ class TieredStore:
         with self._lock:
             for ticket in tickets:
                 entry = self._filling.get(ticket)
-                if entry is None or not entry.writing & bit:
+                if entry is None or entry.owner != owner or not entry.writing & bit:
                     continue
                 entry.writing -= bit
                 entry.failed |= not written

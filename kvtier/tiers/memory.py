@@ -120,6 +120,11 @@ class MemoryTier:
                 return "ready"
             return "filling" if block_hash in self._filling else "absent"
 
+    def ready(self, hashes: Iterable[bytes]) -> set[bytes]:
+        """Return which blocks are ready."""
+        with self._lock:
+            return {block_hash for block_hash in hashes if block_hash in self._ready}
+
     def acquire(self, hashes: Sequence[bytes]) -> list[int]:
         """Pin the longest leading run of ready blocks, each once for every time that it is named.
 

@@ -184,7 +184,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         state, ready = self._requests.pop(request.request_id), self._runtime.ready
         if state is not None and ready is not None:
             self._drop_promise(state, ready)
-            self._offers.drop(state, ready.store)
+            self._offers.drop(state)
 
     def stats(self) -> Mapping[str, int | float]:
         """Return this leader's counters, and the store's as `store_...`."""
@@ -210,7 +210,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         if state is None or state.identity != identity:
             if state is not None:
                 self._drop_promise(state, ready)
-                self._offers.drop(state, ready.store)
+                self._offers.drop(state)
             size = ready.store.layout.tokens_per_block
             if self._hashes is None or self._hashes.tokens_per_block != size:
                 self._hashes = HashCache(size)
@@ -327,7 +327,7 @@ class KvTierConnectorLeader(KvCacheConnectorScheduler):
         self._drop_promise(state, ready)
         tokens = token_array(request.get_tokens(0))
         if state.identity is None or not state.continues_in(tokens):
-            self._offers.drop(state, ready.store)
+            self._offers.drop(state)
             return False
         state.tokens, state.pages = tokens, pages
         whole = state.settled(len(tokens)) // state.tokens_per_block

@@ -97,7 +97,7 @@ class Offers:
                 elif same and now - offer.since <= PATIENCE_SECONDS:
                     self._open.append(offer)
                 else:
-                    _give_back(offer, store)
+                    _give_back(offer)
             except Exception:
                 self._open += offers[number + 1 :]
                 store.abort([save.ticket for _, saves in ordered for save in saves])
@@ -123,7 +123,7 @@ class Offers:
         saves: list[Save] = []
         for offer in own:
             if offer.placement != state.placement:
-                _give_back(offer, store)
+                _give_back(offer)
                 continue
             # The engine tells a request's pages once more at its end.
             tickets = offer.reservation.take(wait=True) or ()
@@ -137,11 +137,11 @@ class Offers:
                     store.abort([ticket])
         return saves
 
-    def drop(self, state: RequestState, store: StoreClient) -> None:
+    def drop(self, state: RequestState) -> None:
         """Give back what was asked for a request that nothing more is saved of."""
         for offer in self._open:
             if offer.state is state:
-                _give_back(offer, store)
+                _give_back(offer)
         self._open = [offer for offer in self._open if offer.state is not state]
 
     def _offer(
@@ -207,9 +207,7 @@ def _redeem(
     return saves
 
 
-def _give_back(offer: _Offer, store: StoreClient) -> None:
-    """Give an offer up; what it was granted by now, and no answer means that it gives itself up."""
+def _give_back(offer: _Offer) -> None:
+    """Give an offer up: its blocks are offered again with the request's next pages."""
     offer.state.handled = min(offer.state.handled, offer.first)
-    tickets = [ticket for ticket in offer.reservation.take() or () if ticket is not None]
-    if tickets:
-        store.abort(tickets)
+    offer.reservation.give_up()

@@ -8,6 +8,7 @@ import pytest
 
 from kvtier.layout import BlockLayout
 from kvtier.store import Run, ticket_slot
+from tests.agent_support import eventually
 from tests.store_support import LAYOUT, ROOT, DictTier, chain, content, read, save
 
 TWO_SHARDS = BlockLayout("bfloat16", tokens_per_block=4, layers=2, kv_factor=2, row_elements=64, shards=2)
@@ -112,6 +113,21 @@ class StoreSuite:
         for blocks in chains:
             assert read(client, client.match(blocks).slots) == [content(block) for block in blocks]
         assert client.stats()["filling_slots"] == 0
+
+    def test_what_is_given_up_is_free_and_what_was_taken_is_not(self, client):
+        runs = [Run(ROOT, 0, chain(3)), Run(ROOT, 0, chain(2, seed=1)), Run(ROOT, 0, chain(1, seed=2))]
+        taken, untaken, waited_for = client.reserve_soon(runs)
+        (ticket,) = waited_for.take(wait=True)
+        tickets = taken.take()
+        for reservation in (taken, untaken, untaken):
+            reservation.give_up()
+        assert untaken.take(wait=True) == [None, None]
+        eventually(lambda: client.stats()["filling_slots"] == 4, "two of six are given up")
+        assert None not in client.reserve(ROOT, 0, chain(2, seed=1))
+        for block, own in zip(chain(3), tickets, strict=True):
+            client.slot_view(ticket_slot(own))[:] = content(block)
+        client.commit([*tickets, ticket])
+        assert read(client, client.match(chain(3)).slots) == [content(block) for block in chain(3)]
 
     def test_leased_blocks_are_not_evicted(self):
         client = self.make_client(slots=4)

@@ -29,6 +29,11 @@ class Later:
         granted, self._granted = self._granted, None
         return granted.take()
 
+    def give_up(self) -> None:
+        granted, self._granted = self._granted, None
+        if granted is not None:
+            granted.give_up()
+
 
 class Answers:
     here = False

@@ -59,6 +59,9 @@ class FlakyReservation:
         self._store.abort(lost)
         return [None if ticket in lost else ticket for ticket in tickets]
 
+    def give_up(self):
+        self._granted.give_up()
+
 
 class FlakyStore:
     """A store whose lookups and reservations fail, or find nothing, at random moments."""

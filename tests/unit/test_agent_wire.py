@@ -131,3 +131,8 @@ def test_blobs_of_a_wrong_length_are_refused():
 )
 def test_waits_are_bounded(asked, given_):
     assert wire.bounded_wait(asked) == given_
+
+
+def test_messages_are_arrays_that_begin_with_their_name():
+    message = wire.encode(wire.MatchBlocks(1, 2, b"h" * 16, 0.5))
+    assert msgspec.msgpack.decode(message) == ["match", 1, 2, b"h" * 16, 0.5, 0.0, 0.0]
