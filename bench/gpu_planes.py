@@ -5,12 +5,14 @@
 Blocks of 4 MiB in the shape of an 8B model, pages and slots in random order; raw slots and plane slots in
 turns, medians of 7, GB/s of KV. Staging: blocks made of real KV, encoded and written to files, which
 lie in the page cache; threads read them, verify them and decode them into slots. "CPU ms" is what one block
-costs a thread, all by itself.
+costs a thread, all by itself; "parts" is what its largest parts cost alone: the entropy-coded frames
+through zstd, all that is stored through XXH3, and copies out of the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -27,7 +29,8 @@ import numpy as np
 import torch
 import xxhash
 
-from kvtier.codec import BlockCodec, PlaneSlots, StoredFile, slot_form
+from kvtier.codec import BlockCodec, PlaneSlots, StoredFile, native, read_header, slot_form
+from kvtier.codec.format import PLAIN, SPLIT
 from kvtier.connector.transfer import Blocks, Mover, RawMover
 from kvtier.gpu import pin
 from kvtier.gpu.copies import CudaCopies
@@ -211,6 +214,8 @@ def staging(source: Path, count: int) -> dict[str, Any]:
 
                 row["disk tier, one chain"] = best(lambda: by_tier(chains=1), layout, 4 * count)
                 row["disk tier, four chains"] = best(by_tier, layout, 4 * count)
+            if name == "planes":
+                row["parts, CPU us"] = parts_us(encoded, list(files.values()), list(slots.values()))
             result[name] = row
             slots.clear()
             memory.close()
@@ -265,7 +270,7 @@ def in_threads(job: Callable[[Any], None], items: list[Any], count: int) -> None
         thread.join()
 
 
-def cpu_ms(job: Callable[[bytes], None], hashes: list[bytes]) -> float:
+def cpu_ms(job: Callable[[Any], Any], hashes: list[Any]) -> float:
     times = []
     for _ in range(4):
         started = time.thread_time_ns()
@@ -273,6 +278,55 @@ def cpu_ms(job: Callable[[bytes], None], hashes: list[bytes]) -> float:
             job(block)
         times.append((time.thread_time_ns() - started) / len(hashes) / 1e6)
     return round(statistics.median(times[1:]), 3)
+
+
+def parts_us(encoded: list[memoryview], files: list[Path], slots: list[memoryview]) -> dict[str, float]:
+    """Measure the parts of decoding a block of codec 2; every call has another block and another slot."""
+    assert native.functions is not None
+    libc, pointer, size = ctypes.CDLL(None), ctypes.c_void_p, ctypes.c_size_t
+    zstd, xxh3 = native.functions["ZSTD_decompressDCtx"], native.functions["XXH3_64bits"]
+    zstd.argtypes, zstd.restype = [pointer, pointer, size, pointer, size], size
+    xxh3.argtypes, xxh3.restype = [pointer, size], ctypes.c_uint64
+    libc.pread.argtypes, libc.pread.restype = [ctypes.c_int, pointer, size, ctypes.c_long], ctypes.c_ssize_t
+    context = pointer(native.functions["ZSTD_createDCtx"]())
+    sections = read_header(encoded[0]).sections
+    frames, plain = [], [section for section in sections if section.encoding == PLAIN][-1]
+    for section in sections[: sections.index(plain)]:
+        half = (section.raw_bytes + 1) // 2 if section.encoding == SPLIT else 0
+        if section.encoding != PLAIN:
+            frames.append((section.offset + half, section.stored_bytes - half, half or section.raw_bytes))
+    stored = [np.frombuffer(block, np.uint8).ctypes.data for block in encoded]
+    places = [np.frombuffer(slot, np.uint8).ctypes.data for slot in slots]
+    descriptors = [os.open(path, os.O_RDONLY) for path in files]
+    memory, piece = np.empty(256 << 10, np.uint8), 256 << 10
+    room = memory.ctypes.data
+
+    def decompress(number: int) -> None:
+        for offset, length, raw in frames:
+            if zstd(context, room, raw, stored[number] + offset, length) != raw:
+                raise SystemExit("a frame does not decode")
+
+    def read(number: int, target: int, start: int, end: int, step: int) -> None:
+        for offset in range(start, end, piece):
+            length = min(piece, end - offset)
+            if libc.pread(descriptors[number], target, length, offset) != length:
+                raise SystemExit("a file cannot be read")
+            target += step
+
+    jobs: dict[str, Callable[[int], Any]] = {
+        f"zstd, {sum(raw for _, _, raw in frames)} bytes": decompress,
+        f"XXH3, {len(encoded[0])} bytes": lambda n: xxh3(stored[n], len(encoded[0])),
+        f"read to one room, {len(encoded[0])} bytes": lambda n: read(n, room, 0, len(encoded[0]), 0),
+        f"read to slots, {plain.stored_bytes} bytes": lambda n: read(
+            n, places[n], plain.offset, plain.offset + plain.stored_bytes, piece
+        ),
+    }
+    numbers: list[Any] = list(range(len(encoded)))
+    result = {name: round(cpu_ms(job, numbers) * 1e3, 1) for name, job in jobs.items()}
+    for descriptor in descriptors:
+        os.close(descriptor)
+    native.functions["ZSTD_freeDCtx"](context)
+    return result
 
 
 def best(work: Callable[[], None], layout: BlockLayout, count: int) -> float:

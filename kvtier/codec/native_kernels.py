@@ -126,13 +126,10 @@ def _copy_rest(
         size = min(PIECE, length - done)
         target = out.ctypes.data + done
         if descriptor < 0:
-            source = encoded.ctypes.data + offset + done
-            _xxh3_update(state, source, size)
-            _copy(target, source, size)
-        else:
-            if not _read(descriptor, offset + done, target, size):
-                return False
-            _xxh3_update(state, target, size)
+            _copy(target, encoded.ctypes.data + offset + done, size)
+        elif not _read(descriptor, offset + done, target, size):
+            return False
+        _xxh3_update(state, target, size)
     return bool(_xxh3_digest(state) == checksum)
 
 
