@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,18 @@ GARBAGE = -1
 RANDOM_BITS = 0x83FF_83FF_83FF_83FF
 STEADY_BITS = 0x3C00_3C00_3C00_3C00
 """Four bfloat16 numbers: signs, mantissas and three bits of the exponents differ, as planes can hold them."""
+
+
+def stress_seeds(usual: list[int]) -> list[int]:
+    """Return the seeds that KVTIER_STRESS_SEEDS names, such as "7", "7,8,21" or "100-139"; else the usual."""
+    asked = os.environ.get("KVTIER_STRESS_SEEDS", "")
+    spans = [part.partition("-") for part in asked.replace(" ", "").split(",") if part]
+    return [seed for low, _, high in spans for seed in range(int(low), int(high or low) + 1)] or usual
+
+
+def seeds_until_wrong(run: Callable[[int], int], first: int, most: int = 40) -> int:
+    """Return how many seeds, from the first on, it takes until `run` finds something wrong; 0: none does."""
+    return next((count for count in range(1, most + 1) if run(first + count - 1)), 0)
 
 
 class Deaf:

@@ -1,4 +1,31 @@
-"""Pages reused as fast as they are freed, on a GPU whose streams sleep at random: no byte may be wrong."""
+"""Pages reused as fast as they are freed, on a GPU whose streams sleep at random: no byte may be wrong.
+
+A leader and a worker, with the streams, movers and slots that they have under an engine, run passes that
+admit, cancel, finish and fail requests, and use the pages again that were freed last. Every pass checks, on
+the GPU, all that it reads, and at the end all that the store would promise is compared. PyTorch's debug mode
+makes each of its calls fail that waits for the GPU.
+
+Other seeds than the clock's, one by one or as a span:
+
+    KVTIER_STRESS_SEEDS=7,8,100-139 pytest -s tests/e2e/test_gpu_stress.py
+
+Each run prints its seed, and it stands in the test's name.
+
+The orders are in `CudaTransfers` (`kvtier/connector/transfer.py`); that each is needed is shown with
+subclasses (`MUTILATED` in `tests/stress_support.py`) that leave out one of them and nothing else. By hand,
+each of these makes `test_every_byte_is_right` fail, though not with every seed, so let it run with 40:
+
+| method | what to take out | the same by subclass |
+| --- | --- | --- |
+| `load` | `engines.wait_event(event)` | `LoadsNotAwaited` |
+| `load` | `self._load_stream.wait_stream(engines)` | `LoadsTooEarly` |
+| `save` | `self._save_stream.wait_stream(...)` | `SavesTooEarly` |
+| `order` | `self._engines(stream).wait_event(...)` | `PassesNotOrdered` |
+| `poll` | `.event.query()`: take it as true | `LeasesReleasedEarly`, `CommittedEarly` |
+| `after_saves` | call `done()` in any case | `TailsReportedEarly` |
+
+So does `RunningSaves.begin` (`kvtier/trtllm/running.py`) when it returns 0: no pass then waits for any save.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +41,16 @@ from kvtier.connector.transfer import Blocks, CudaTransfers, Mover, RawMover  # 
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
 from kvtier.gpu.plane_movers import CudaPlanes  # noqa: E402
 from kvtier.trtllm.pool import Pool  # noqa: E402
-from tests.stress_support import LAYERS, MUTILATED, PAGES, SLOTS, Counts, Stress  # noqa: E402
+from tests.stress_support import (  # noqa: E402
+    LAYERS,
+    MUTILATED,
+    PAGES,
+    SLOTS,
+    Counts,
+    Stress,
+    seeds_until_wrong,
+    stress_seeds,
+)
 from tests.trtllm_support import memory_stores, write_config  # noqa: E402
 
 pytestmark = [
@@ -25,7 +61,7 @@ pytestmark = [
 ROW = 128 * 1024
 """Blocks of 1 MiB."""
 
-SEED = int(time.time())
+SEEDS = stress_seeds([int(time.time()), int(time.time()) + 1])
 MILLISECOND = 1_500_000
 """Clock cycles, about."""
 
@@ -118,13 +154,11 @@ def stress(
 
 @pytest.mark.parametrize("slots", ["raw", "planes"])
 @pytest.mark.parametrize("default_stream", [False, True])
-@pytest.mark.parametrize("offset", range(2))
-def test_every_byte_is_right(offset, default_stream, slots, monkeypatch, tmp_path):
-    wrong, counts, stats = stress(
-        CudaTransfers, SEED + offset, monkeypatch, tmp_path, 120, default_stream, slots
-    )
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_byte_is_right(seed, default_stream, slots, monkeypatch, tmp_path):
+    wrong, counts, stats = stress(CudaTransfers, seed, monkeypatch, tmp_path, 120, default_stream, slots)
     assert wrong == 0
-    assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 10
+    assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 5
     assert (stats["store_leases"], stats["store_filling_slots"]) == (0, 0)
 
 
@@ -132,6 +166,8 @@ def test_every_byte_is_right(offset, default_stream, slots, monkeypatch, tmp_pat
 @pytest.mark.parametrize("kind", MUTILATED)
 def test_without_one_of_the_orders_bytes_go_wrong(kind, slots, monkeypatch, tmp_path):
     """Shows that the test above can fail, and each order is needed."""
-    assert any(
-        stress(kind, SEED + offset, monkeypatch, tmp_path, 150, slots=slots)[0] for offset in range(40)
+    runs = seeds_until_wrong(
+        lambda seed: stress(kind, seed, monkeypatch, tmp_path, 150, slots=slots)[0], SEEDS[0]
     )
+    print(f"{kind.__name__}, {slots}: found with seed number {runs}")
+    assert runs
