@@ -205,14 +205,18 @@ class SchedulerHalf:
         """Forget everything, as far as this engine goes: it may have other weights from now on.
 
         Requests that go on are not looked up and not saved any more: what they are called and what lies in
-        their pages may be of the time before.
+        their pages may be of the time before. And an engine that goes to sleep loses the pages themselves.
         """
         self._era = secrets.token_hex(8)
+        store = self._store()
+        if store is not None:
+            store.abort([save.ticket for save in self._tails])
+        self._tails.clear()
         for request_id, state in list(self._requests.items()):
             state.identity = None
             if not state.pages:
                 # It has nothing of that time.
-                self._drop_promise(state, self._store())
+                self._drop_promise(state, store)
                 del self._requests[request_id]
         return True
 

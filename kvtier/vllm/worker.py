@@ -59,6 +59,7 @@ class WorkerHalf:
         self._config = load_config(config_path(vllm_config))
         self._engine = EngineFacts.read(vllm_config, kv_cache_config, self._config)
         self._blocks = int(kv_cache_config.num_blocks)
+        self._sleeps = bool(getattr(vllm_config.model_config, "enable_sleep_mode", False))
         self._counters = Counters()
         # MLA's latents are equal on all ranks: one of them saves for all.
         self._shard = 0 if self._engine.latent else self._engine.rank
@@ -66,7 +67,7 @@ class WorkerHalf:
         self._shared: SharedStore | None = None
         self._pool: LayerPool | None = None
         self._transfers: Transfers | None = None
-        self._on_gpu = False
+        self._delays = False
         self._slots = SlotAddresses()
         self._orders: ConnectorMeta | None = None
         # What the engine's thread was handling when the step began, as a caller's `except` may.
@@ -96,7 +97,8 @@ class WorkerHalf:
         self._pool = pool
         # The store opens slots of the same form, and an agent that has others lets nobody in.
         self._transfers = transfers_for(pool, slot_form(self._engine.layout, self._config.memory.format))
-        self._on_gpu = pool.device.type == "cuda"
+        # Not in an engine that sleeps: it waits for what is under way, and takes the pool's memory away.
+        self._delays = pool.device.type == "cuda" and not self._sleeps
         self._shared = open_part(self._config, self._engine, pool.device, self._engine.rank)
 
     @shielded(lambda: None)
@@ -141,7 +143,7 @@ class WorkerHalf:
                 # The engine calls this also when its pass has failed: what lies in the pages nobody knows.
                 self._give_up(orders)
                 return
-            if not self._on_gpu:
+            if not self._delays:
                 self._save(orders.saves, orders.step)
                 return
             computed = torch.cuda.current_stream().record_event()

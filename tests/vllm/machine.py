@@ -173,6 +173,10 @@ class Machine:
             steps -= 1
             assert steps, "requests are stuck"
             self.step()
+        self.finish_ordered()
+
+    def finish_ordered(self) -> None:
+        """Run what is ordered, and order nothing more."""
         while self._ordered:
             self._run()
 

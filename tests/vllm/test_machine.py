@@ -241,6 +241,36 @@ def test_after_a_defect_nothing_more_is_stored_of_the_requests_there_are(machine
     nothing_held(engine)
 
 
+def test_what_was_not_read_before_a_reset_is_not_read_any_more(machine):
+    engine = machine(pages=64, asynchronous=True)
+    half = engine.scheduler.connector.scheduler
+    for steps in range(2, 30):
+        # Known to the engine, and not yet to its scheduler, may be the last token of a block.
+        prompt = text(f"tails {steps}", 2 * BLOCK)
+        engine.add(f"r{steps}", prompt, 40)
+        for _ in range(steps):
+            engine.step()
+        engine.cancel(f"r{steps}")
+        engine.finish_ordered()
+        if half._tails:
+            break
+    assert half._tails
+    said = engine.said[f"r{steps}"]
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    # The engine sleeps, and has other memory for its pages afterwards.
+    for plane in engine._planes:
+        plane.zero_()
+    engine.add("next", text("next", BLOCK), 1)
+    engine.run_out()
+    # For another engine, or this one after its next start, the names are the same as before.
+    half._era = None
+    engine.add("again", [*prompt, *said, 1], 3)
+    engine.run_out()
+    assert told(engine, "again")
+    assert count(engine, "loaded_tokens") > 0
+    nothing_held(engine)
+
+
 def test_requests_that_go_on_over_a_reset_have_nothing_to_do_with_what_was_before(machine):
     engine = machine(pages=64)
     half = engine.scheduler.connector.scheduler

@@ -132,7 +132,7 @@ def rig(monkeypatch):
     monkeypatch.setattr(module, "config_path", lambda vllm_config: None)
     monkeypatch.setattr(module.EngineFacts, "read", lambda *arguments: facts())
     monkeypatch.setattr(module, "open_part", lambda *arguments: SimpleNamespace(store=store))
-    half = module.WorkerHalf(None, config)
+    half = module.WorkerHalf(SimpleNamespace(model_config=None), config)
     half.register(pools()["HND"][1])
     events = []
 
@@ -141,7 +141,7 @@ def rig(monkeypatch):
         return events[-1]
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=record))
-    half._on_gpu = True
+    half._delays = True
     yield half, store, events
     half.close()
     store.close()
@@ -177,7 +177,7 @@ def test_saves_begin_at_once_when_their_pages_are_going_to_be_overwritten(rig):
 
 def test_after_a_failed_load_nothing_is_saved_until_the_scheduler_knows(rig):
     half, store, _ = rig
-    half._on_gpu = False
+    half._delays = False
     half.bind(ConnectorMeta(1, loads=(Load(0, 0.0, (), (4, 5)),), saves=reserved(store, chain(1))))
     half.load()
     half.save()
@@ -202,7 +202,7 @@ def vllms_pass(half) -> Iterator[None]:
 
 def test_nothing_is_saved_of_a_step_whose_pass_failed(rig):
     half, store, _ = rig
-    half._on_gpu = False
+    half._delays = False
     half.bind(ConnectorMeta(1, saves=reserved(store, chain(2))))
     with pytest.raises(RuntimeError, match="out of memory"), vllms_pass(half):
         raise RuntimeError("out of memory")
