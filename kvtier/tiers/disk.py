@@ -73,7 +73,7 @@ class DiskTier:
         A disk that takes longer than ten seconds to open is opened in the background.
 
         Args:
-            path: The directory; nothing else may live in it.
+            path: The directory; nothing else may live in it. One that is made here is closed to other users.
             size_bytes: Bound on files and databases together, all namespaces. Files that are just being
                 evicted do not count.
             namespace: Whose blocks to find.
@@ -238,7 +238,8 @@ class DiskTier:
         """
         descriptor: int | None = None
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            # Prompts can be guessed from their KV: other users have no business there.
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(
                 self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
             )

@@ -131,10 +131,10 @@ class BlockFiles(Disk):  # type: ignore[misc]
         """
         path = os.path.join(self._directory, name)
         try:
-            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
+            descriptor = os.open(path, _WRITE_FLAGS, 0o600)
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            descriptor = os.open(path, _WRITE_FLAGS, 0o644)
+            descriptor = os.open(path, _WRITE_FLAGS, 0o600)
         try:
             rest = payload
             while rest:

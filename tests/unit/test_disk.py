@@ -139,6 +139,21 @@ class TestSizes:
             assert tier.stats()["shards"] == 1
 
 
+def test_other_users_cannot_read_what_is_kept(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        (tmp_path / "there").mkdir(mode=0o755)
+        for root in (tmp_path / "made", tmp_path / "there"):
+            with closing(open_tier(root)) as tier:
+                assert tier.write(blocks(range(8))) == 8
+            assert len(files(root)) == 8
+            assert {file.stat().st_mode & 0o077 for file in files(root)} == {0}
+        assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / "there").stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(before)
+
+
 class TestEviction:
     def test_what_was_read_stays_longer(self, tmp_path: Path) -> None:
         with closing(open_tier(tmp_path, ONE_SHARD)) as tier:

@@ -182,7 +182,7 @@ class S3Tier:
         return True
 
     def rebuild_index(self) -> int:
-        """Index and publish the packs that no readable index segment lists; for the command line.
+        """Index and publish the packs that no readable index segment lists; done in the background too.
 
         Returns:
             How many packs were found that way.
