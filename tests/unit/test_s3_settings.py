@@ -227,10 +227,11 @@ def test_sessions_are_shared_while_they_last() -> None:
         return {"AccessKeyId": "a", "SecretAccessKey": "b", "SessionToken": "c", "Expiration": end}
 
     sessions = Sessions(create)
-    assert sessions.credentials() is sessions.credentials()
-    sessions.forget()
-    assert sessions.credentials().token == "c"
-    assert len(made) == 2
+    assert sessions.refresh_needed()
+    assert sessions.get_frozen_credentials() is sessions.get_frozen_credentials()
+    assert not sessions.refresh_needed()
+    assert sessions.refresh_needed(301)
+    assert len(made) == 1
 
 
 def test_where_directory_buckets_are() -> None:

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from kvtier.errors import AccessDenied, KvTierError
 from kvtier.tiers.s3.bucket import ListedObject, ObjectMissing
 
+Listing = Callable[[str], Iterator[ListedObject]]
+"""Lists what begins with a prefix."""
+
 
 @contextlib.contextmanager
-def absence_told(key: str, listing: Callable[[str], Iterator[ListedObject]]) -> Iterator[None]:
+def absence_told(key: str, listing: Listing) -> Iterator[None]:
     """Turn a refusal to read an object into `ObjectMissing` where a listing says that there is none.
 
     Costs a LIST request for each refusal; refusals open the breaker at once, so they are few.
@@ -27,10 +30,15 @@ def absence_told(key: str, listing: Callable[[str], Iterator[ListedObject]]) -> 
     try:
         yield
     except AccessDenied as refusal:
-        try:
-            found = next(listing(key), None)
-        except KvTierError:
-            raise refusal from None
-        if found is None or found.key != key:
-            raise ObjectMissing(f"{key}: not listed; the server's answer was: {refusal}") from refusal
-        raise
+        raise meaning(key, listing, refusal) from refusal.__cause__
+
+
+def meaning(key: str, listing: Listing, refusal: AccessDenied) -> KvTierError:
+    """Return what a refusal to read an object means: itself, or `ObjectMissing`; makes the LIST request."""
+    try:
+        found = next(listing(key), None)
+    except KvTierError:
+        return refusal
+    if found is not None and found.key == key:
+        return refusal
+    return ObjectMissing(f"{key}: not listed; the server's answer was: {refusal}")

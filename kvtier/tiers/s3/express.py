@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,32 +20,29 @@ def express_host(bucket: str, region: str) -> str:
 
 
 class Sessions:
-    """The credentials of the current session with a directory bucket. Thread-safe."""
+    """A source of credentials as `KeyRing` wants it: those of the current session with a directory bucket."""
 
     def __init__(self, create: Callable[[], Mapping[str, Any]]):
         """Prepare; `create` makes a session and returns its credentials as CreateSession does."""
         self._create = create
-        self._lock = threading.Lock()
         self._credentials: ReadOnlyCredentials | None = None
         self._end = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
 
-    def credentials(self) -> ReadOnlyCredentials:
-        """Return credentials that are good for a minute at least.
+    def refresh_needed(self, seconds: float | None = None) -> bool:
+        """Say whether the session ends within so many seconds; None for the usual reserve."""
+        left = self._end - datetime.datetime.now(datetime.timezone.utc)
+        return left.total_seconds() < (_SPARE_SECONDS if seconds is None else seconds)
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        """Return credentials that are good for a minute at least; may make a session. Not thread-safe.
 
         Raises:
             TierError: No session can be made.
         """
-        with self._lock:
-            now = datetime.datetime.now(datetime.timezone.utc)
-            if self._credentials is None or (self._end - now).total_seconds() < _SPARE_SECONDS:
-                made = self._create()
-                self._credentials = ReadOnlyCredentials(
-                    made["AccessKeyId"], made["SecretAccessKey"], made["SessionToken"]
-                )
-                self._end = made["Expiration"]
-            return self._credentials
-
-    def forget(self) -> None:
-        """Make a new session for the next request."""
-        with self._lock:
-            self._credentials = None
+        if self._credentials is None or self.refresh_needed():
+            made = self._create()
+            self._credentials = ReadOnlyCredentials(
+                made["AccessKeyId"], made["SecretAccessKey"], made["SessionToken"]
+            )
+            self._end = made["Expiration"]
+        return self._credentials

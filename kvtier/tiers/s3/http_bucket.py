@@ -8,11 +8,14 @@ import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
 from kvtier._counters import Counters
 from kvtier.config import S3Config
-from kvtier.errors import TierUnavailable
-from kvtier.tiers.s3.absence import absence_told
+from kvtier.errors import AccessDenied, KvTierError, TierUnavailable
+from kvtier.tiers.s3.absence import absence_told, meaning
+from kvtier.tiers.s3.aside import Aside
 from kvtier.tiers.s3.boto_bucket import BotoBucket
 from kvtier.tiers.s3.bucket import (
     SLOWEST_BYTES_PER_SECOND,
@@ -30,11 +33,15 @@ from kvtier.tiers.s3.hedge import Pace
 from kvtier.tiers.s3.http_connection import Body, Deadline, Origin, Stalled
 from kvtier.tiers.s3.http_exchange import Address, Exchange, Reply, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
+from kvtier.tiers.s3.key_ring import KeyRing
 from kvtier.tiers.s3.listing import MAX_PAGE_BYTES, Page, list_in_order, list_sorted, page_query, parse_page
 from kvtier.tiers.s3.replies import error_of, read_error
 from kvtier.tiers.s3.retries import Retries
+from kvtier.tiers.s3.signing import Signer, open_session
 from kvtier.tiers.s3.waiting import run, wait_for
 
+_LISTINGS = 2
+"""Listings that tell what refusals mean, at once."""
 _MAX_ERROR_BYTES = 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
@@ -51,8 +58,9 @@ class HttpBucket:
         self._config = config
         self._counters = counters
         self._control = BotoBucket(config, counters)
-        sessions = Sessions(self._control.create_session) if config.express else None
-        self._exchange = Exchange(config, counters, self._locate, sessions)
+        signer = Signer(KeyRing(self._open_keys), express=config.express)
+        self._exchange = Exchange(config, counters, self._locate, signer)
+        self._aside = Aside("s3-list", _LISTINGS)
         self._retries = Retries()
         self.put_condition = ConditionalPut(self._put)
 
@@ -69,15 +77,16 @@ class HttpBucket:
         deadline = self._deadline(length)
         into = Parts(parts, length)
         attempt = 0
-        with absence_told(key, self.list):
-            while True:
-                try:
-                    await self._get(key, offset + into.done, into, deadline)
-                except TierUnavailable as error:
-                    await wait_for((), self._retries.pause(error, attempt, into, deadline.left()))
-                    attempt += 1
-                else:
-                    break
+        while True:
+            try:
+                await self._get(key, offset + into.done, into, deadline)
+            except TierUnavailable as error:
+                await wait_for((), self._retries.pause(error, attempt, into, deadline.left()))
+                attempt += 1
+            except AccessDenied as refusal:
+                raise await self._meaning(key, refusal, deadline) from refusal.__cause__
+            else:
+                break
         self._retries.succeeded()
         self._counters.add("retries", attempt)
 
@@ -112,7 +121,13 @@ class HttpBucket:
     def close(self) -> None:
         """See `Bucket.close`."""
         self._exchange.close()
+        self._aside.close()
         self._control.close()
+
+    def _open_keys(self) -> Any:
+        if self._config.express:
+            return Sessions(self._control.create_session)
+        return open_session(self._config).get_credentials()
 
     def _locate(self) -> Address:
         endpoint, region = self._control.place()
@@ -123,6 +138,14 @@ class HttpBucket:
     def _deadline(self, length: int) -> Deadline:
         idle = self._config.read_timeout
         return Deadline(self._config.connect_timeout + idle + length / SLOWEST_BYTES_PER_SECOND, idle)
+
+    async def _meaning(self, key: str, refusal: AccessDenied, deadline: Deadline) -> KvTierError:
+        """Return what a refusal means; the listing that tells it is made beside the thread that reads."""
+        try:
+            look = partial(meaning, key, self.list, refusal)
+            return await self._aside.call(look, max(0.0, deadline.left()), "the listing that tells why")
+        except TierUnavailable:
+            return refusal
 
     async def _get_tail(self, key: str, length: int, byte_range: str) -> tuple[bytes, int]:
         self._counters.add("get_requests")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import select
 import socket
 import ssl
@@ -12,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kvtier.errors import AccessDenied, TierUnavailable
+from kvtier.errors import TierUnavailable
 from kvtier.tiers.s3.bucket import BadReply, BucketTimeout, ConnectionLost
 from kvtier.tiers.s3.http_wire import MAX_HEAD_BYTES, ReplyHead, parse_head
 from kvtier.tiers.s3.waiting import wait_for
@@ -88,7 +86,7 @@ class Connection:
     """
 
     def __init__(self, origin: Origin, connected: socket.socket):
-        """Take over a connected socket that does not block; see `connect`."""
+        """Take over a connected socket that does not block; see `http_connect`."""
         self.origin = origin
         self.reused = False
         self.usable = True
@@ -113,7 +111,7 @@ class Connection:
         for left in (memoryview(head), *pieces):
             while left:
                 send = partial(self._socket.send, left)
-                sent = await _when_ready(self._socket, send, select.POLLOUT, deadline.wait())
+                sent = await when_ready(self._socket, send, select.POLLOUT, deadline.wait())
                 if sent is None:
                     raise BucketTimeout("the server does not take the request in time")
                 left = left[sent:]
@@ -188,7 +186,7 @@ class Connection:
             await wait_for([(self.fileno(), select.POLLIN)], 0.0)
         receive = partial(self._socket.recv_into, into)
         self._wake_at(len(into) if due else 1)
-        got = await _when_ready(self._socket, receive, select.POLLIN, seconds)
+        got = await when_ready(self._socket, receive, select.POLLIN, seconds)
         if got is None:
             raise (
                 Stalled("nothing has come for a while") if hurried else BucketTimeout("nothing came in time")
@@ -304,85 +302,7 @@ async def first_readable(connections: list[Connection], seconds: float) -> list[
     return [connection for connection in connections if connection.fileno() in numbers]
 
 
-async def connect(origin: Origin, tls: ssl.SSLContext, connect_timeout: float) -> Connection:
-    """Connect.
-
-    Raises:
-        TierUnavailable: Nobody answers there.
-        AccessDenied: The server's certificate is not to be trusted.
-    """
-    where = f"{origin.host}:{origin.port}"
-    try:
-        plain = await _connected(origin, connect_timeout)
-        return Connection(origin, await _secured(plain, tls, origin, connect_timeout))
-    except ssl.SSLCertVerificationError as error:
-        raise AccessDenied(
-            f"{where}: {error.verify_message}; name the file with the server's CA in AWS_CA_BUNDLE"
-        ) from error
-    except TimeoutError as error:
-        raise BucketTimeout(f"{where}: no connection within {connect_timeout:g} s") from error
-    except socket.gaierror as error:
-        raise TierUnavailable(
-            f"{where}: {error.strerror}; check the endpoint (s3: endpoint) and the name service"
-        ) from error
-    except (OSError, ConnectionLost) as error:
-        raise TierUnavailable(f"{where}: {error}") from error
-
-
-async def _connected(origin: Origin, seconds: float) -> socket.socket:
-    """Connect to the first address of a host that answers."""
-    failure: OSError = socket.gaierror(socket.EAI_NONAME, "no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        origin.host, origin.port, type=socket.SOCK_STREAM
-    ):
-        plain = socket.socket(family, kind, protocol)
-        try:
-            plain.setblocking(False)
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            code = plain.connect_ex(address)
-            if code == errno.EINPROGRESS:
-                if not await wait_for([(plain.fileno(), select.POLLOUT)], seconds):
-                    raise TimeoutError
-                code = plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code))
-        except OSError as error:
-            plain.close()
-            failure = error
-        except BaseException:
-            plain.close()
-            raise
-        else:
-            return plain
-    raise failure
-
-
-async def _secured(
-    plain: socket.socket, tls: ssl.SSLContext, origin: Origin, seconds: float
-) -> socket.socket:
-    if not origin.secure:
-        return plain
-    try:
-        secured = tls.wrap_socket(plain, server_hostname=origin.host, do_handshake_on_connect=False)
-    except BaseException:
-        plain.close()
-        raise
-    try:
-
-        def shake_hands() -> int:
-            secured.do_handshake()
-            return 1
-
-        if await _when_ready(secured, shake_hands, select.POLLIN, seconds) is None:
-            raise TimeoutError
-    except BaseException:
-        secured.close()
-        raise
-    return secured
-
-
-async def _when_ready(
+async def when_ready(
     waiting: socket.socket, operation: Callable[[], int], events: int, seconds: float
 ) -> int | None:
     """Do something as soon as a socket lets it; None if it does not for `seconds`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import select
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +15,12 @@ from kvtier._counters import Counters
 from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, TierError
 from kvtier.tiers.s3.bucket import ConnectionLost
-from kvtier.tiers.s3.express import Sessions
 from kvtier.tiers.s3.hedge import Hedges
 from kvtier.tiers.s3.http_connection import Body, Connection, Deadline, Origin, first_readable
 from kvtier.tiers.s3.http_pool import ConnectionPool
 from kvtier.tiers.s3.http_wire import ReplyHead, write_head
 from kvtier.tiers.s3.signing import Signer
+from kvtier.tiers.s3.waiting import unless
 
 _MAX_REDIRECTS = 3
 _REDIRECTS = {301, 302, 307, 308}
@@ -132,19 +133,19 @@ class Exchange:
         config: S3Config,
         counters: Counters,
         locate: Callable[[], Address],
-        sessions: Sessions | None = None,
+        signer: Signer,
     ):
         """Prepare; nothing is connected or looked up yet.
 
         Args:
-            config: Time-outs, concurrency and credentials.
+            config: Time-outs and concurrency.
             counters: Gets hedged requests, stale connections and redirects.
             locate: Finds the bucket's address, when the first request is made.
-            sessions: Of a directory bucket; None for other buckets.
+            signer: Signs them.
         """
         self._counters = counters
         self._locate = locate
-        self._signer = Signer(config, sessions)
+        self._signer = signer
         # Reads, uploads, index: none of them waits for a connection.
         self._pool = ConnectionPool(config.concurrency + 32, config.connect_timeout)
         self.hedges = Hedges()
@@ -183,8 +184,9 @@ class Exchange:
         self._signer.forget()
 
     def close(self) -> None:
-        """Close idle connections."""
+        """Close idle connections, and look neither names nor credentials up any more."""
         self._pool.close()
+        self._signer.close()
 
     async def _follow(
         self,
@@ -225,8 +227,8 @@ class Exchange:
         body: bytes,
         deadline: Deadline,
     ) -> tuple[Connection, ReplyHead]:
-        head = self._head(address, method, target, headers, body)
-        connection = await self._pool.take(address.origin)
+        head = await self._head(address, method, target, headers, body, deadline)
+        connection = await self._pool.take(address.origin, deadline)
         # Listings take longer than reads, and nobody waits for them.
         hedged = method == "GET" and "?" not in target
         try:
@@ -235,16 +237,22 @@ class Exchange:
             if not connection.reused:
                 raise
             self._counters.add("stale_connections")
-        fresh = await self._pool.take(address.origin, fresh=True)
+        fresh = await self._pool.take(address.origin, deadline, fresh=True)
         return await self._exchange(fresh, head, body, deadline, hedged)
 
-    def _head(
-        self, address: Address, method: str, target: str, headers: Mapping[str, str], body: bytes
+    async def _head(
+        self,
+        address: Address,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        deadline: Deadline,
     ) -> bytes:
         scheme = "https" if address.origin.secure else "http"
         url = f"{scheme}://{address.origin.netloc}{target}"
         plain = {"Host": address.origin.netloc, **headers}
-        signed = self._signer.sign(method, url, plain, address.region)
+        signed = await self._signer.sign(method, url, plain, address.region, deadline.wait())
         # Not signed: middle boxes may change them.
         signed["User-Agent"] = f"kvtier/{__version__}"
         if method == "PUT":
@@ -285,14 +293,14 @@ class Exchange:
 
     async def _race(self, first: Connection, head: bytes, deadline: Deadline) -> Connection:
         self._counters.add("hedged_requests")
-        second: Connection | None = None
         try:
-            second = await self._pool.take(first.origin)
-            await second.send(head, b"", deadline)
+            # Should the first one answer while the second is being made, that is all the better.
+            asked = self._ask_again(first.origin, head, deadline)
+            second = await unless(asked, [(first.fileno(), select.POLLIN)])
         except TierError:
+            second = None
+        if second is None:
             # The first request is as good as it was before.
-            if second is not None:
-                second.close()
             return first
         try:
             ready = await first_readable([first, second], deadline.wait())
@@ -305,3 +313,12 @@ class Exchange:
             return second
         second.close()
         return first
+
+    async def _ask_again(self, origin: Origin, head: bytes, deadline: Deadline) -> Connection:
+        connection = await self._pool.take(origin, deadline)
+        try:
+            await connection.send(head, b"", deadline)
+        except BaseException:
+            connection.close()
+            raise
+        return connection

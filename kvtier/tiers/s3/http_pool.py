@@ -8,7 +8,8 @@ import threading
 import time
 
 from kvtier.errors import AccessDenied
-from kvtier.tiers.s3.http_connection import Connection, Origin, connect
+from kvtier.tiers.s3.http_connect import Connector
+from kvtier.tiers.s3.http_connection import Connection, Deadline, Origin
 
 _IDLE_SECONDS = 20.0
 """Servers close connections that rest for longer, often without a word that arrives."""
@@ -22,17 +23,22 @@ class ConnectionPool:
 
         Args:
             limit: Idle connections that are kept at most.
-            connect_timeout: Seconds to connect.
+            connect_timeout: Seconds that each step of connecting may take.
         """
         self._limit = limit
-        self._connect_timeout = connect_timeout
+        self._connector = Connector(connect_timeout)
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._idle: list[tuple[Connection, float]] = []
         self._closed = False
 
-    async def take(self, origin: Origin, *, fresh: bool = False) -> Connection:
+    async def take(self, origin: Origin, deadline: Deadline, *, fresh: bool = False) -> Connection:
         """Return a connection to `origin`, an idle one unless it must be `fresh`.
+
+        Args:
+            origin: Where to.
+            deadline: Of the request that it is for.
+            fresh: Whether idle ones are of no use.
 
         Raises:
             TierUnavailable: Nobody answers there.
@@ -43,7 +49,7 @@ class ConnectionPool:
             if connection.is_quiet():
                 return connection
             connection.close()
-        return await connect(origin, self._context(), self._connect_timeout)
+        return await self._connector.connect(origin, self._context(), deadline)
 
     def give_back(self, connection: Connection) -> None:
         """Keep a connection whose last reply has been received to its end."""
@@ -62,6 +68,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when they are given back."""
+        self._connector.close()
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from botocore.config import Config as BotoConfig
 
 from kvtier.config import S3Config
 from kvtier.errors import AccessDenied, ConfigError, TierUnavailable
-from kvtier.tiers.s3.express import Sessions
+from kvtier.tiers.s3.key_ring import KeyRing
 
 # Blocks and footers carry checksums of their own; SHA-256 over a body would cost half a CPU second a GiB.
 _UNSIGNED_BODY = BotoConfig(s3={"payload_signing_enabled": False})
@@ -38,21 +37,21 @@ def open_session(config: S3Config) -> boto3.session.Session:
 
 
 class Signer:
-    """Signs requests. Thread-safe; credentials that expire are refreshed by botocore when they are due."""
+    """Signs requests. Thread-safe; whoever waits for credentials holds up nobody else."""
 
-    def __init__(self, config: S3Config, sessions: Sessions | None = None):
-        """Prepare; the credentials are looked up when the first request is signed.
+    def __init__(self, keys: KeyRing, *, express: bool):
+        """Prepare.
 
         Args:
-            config: Says where the credentials are.
-            sessions: Of a directory bucket; None for other buckets.
+            keys: Gives the credentials.
+            express: Whether they are those of a session with a directory bucket.
         """
-        self._config = config
-        self._sessions = sessions
-        self._lock = threading.Lock()
-        self._credentials: Any = None
+        self._keys = keys
+        self._express = express
 
-    def sign(self, method: str, url: str, headers: Mapping[str, str], region: str) -> dict[str, str]:
+    async def sign(
+        self, method: str, url: str, headers: Mapping[str, str], region: str, seconds: float
+    ) -> dict[str, str]:
         """Return `headers` with those of the signature.
 
         Args:
@@ -60,20 +59,27 @@ class Signer:
             url: The whole URL, percent-encoded.
             headers: What is to be signed; has "Host".
             region: Region of the bucket.
+            seconds: How long to wait for credentials at most.
 
         Raises:
             AccessDenied: There are no credentials.
-            TierUnavailable: They cannot be refreshed at present.
+            TierUnavailable: They cannot be refreshed at present, or not in time.
         """
         request = AWSRequest(method, url, dict(headers))
         request.context["client_config"] = _UNSIGNED_BODY
         try:
-            self._auth(region).add_auth(request)
+            self._auth(await self._keys.get(seconds), region).add_auth(request)
         except (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError) as error:
             raise AccessDenied(
                 f"{error}; set access_key_env and secret_key_env, or the usual AWS credentials"
             ) from error
-        except (boto_errors.CredentialRetrievalError, boto_errors.MetadataRetrievalError) as error:
+        except (
+            boto_errors.CredentialRetrievalError,
+            boto_errors.MetadataRetrievalError,
+            # What a process that should print credentials leads to if it is none, or prints something else.
+            OSError,
+            ValueError,
+        ) as error:
             raise TierUnavailable(f"the credentials cannot be refreshed: {error}") from error
         except boto_errors.BotoCoreError as error:
             raise AccessDenied(str(error)) from error
@@ -81,20 +87,14 @@ class Signer:
 
     def forget(self) -> None:
         """Look the credentials up anew for the next request: the server says that these have expired."""
-        with self._lock:
-            self._credentials = None
-        if self._sessions is not None:
-            self._sessions.forget()
+        self._keys.forget()
 
-    def _auth(self, region: str) -> Any:
-        if self._sessions is None:
-            return S3SigV4Auth(self._frozen(), "s3", region)
+    def close(self) -> None:
+        """Look no credentials up any more."""
+        self._keys.close()
+
+    def _auth(self, keys: Any, region: str) -> Any:
+        if not self._express:
+            return S3SigV4Auth(keys, "s3", region)
         # The cache is for botocore's own clients, which look sessions up in it.
-        return S3ExpressAuth(self._sessions.credentials(), "s3express", region, identity_cache=None)  # type: ignore[arg-type]
-
-    def _frozen(self) -> Any:
-        with self._lock:
-            if self._credentials is None:
-                self._credentials = open_session(self._config).get_credentials()
-            credentials = self._credentials
-        return credentials and credentials.get_frozen_credentials()
+        return S3ExpressAuth(keys, "s3express", region, identity_cache=None)  # type: ignore[arg-type]

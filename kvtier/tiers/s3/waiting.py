@@ -43,6 +43,23 @@ def wait_for(sockets: Sequence[tuple[int, int]], seconds: float) -> Generator[Wa
     return (yield Wait(sockets, time.monotonic() + seconds))
 
 
+@types.coroutine
+def unless(request: Request[T], sockets: Sequence[tuple[int, int]]) -> Generator[Wait, list[int], T | None]:
+    """Run a coroutine; as soon as something happens on `sockets`, give it up and return None."""
+    mine = {descriptor for descriptor, _ in sockets}
+    ready: list[int] = None  # type: ignore[assignment]
+    while True:
+        try:
+            wait = request.send(ready)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        ready = yield Wait((*wait.sockets, *sockets), wait.until)
+        if mine.intersection(ready):
+            request.close()
+            return None
+
+
 def run(request: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end in this thread, which waits where it waits."""
     ready: list[int] | None = None
