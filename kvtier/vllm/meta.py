@@ -14,13 +14,11 @@ class Load(NamedTuple):
     Attributes:
         lease: The claim on the slots; each rank releases it when its copies are done. 0: it is lost, and the
             pages are to be reported as not loaded.
-        until: When the slots may change, on `time.monotonic`'s clock of this machine.
         slots: Slot of each block.
         pages: The block id of each in the engine's pool.
     """
 
     lease: int
-    until: float
     slots: tuple[int, ...]
     pages: tuple[int, ...]
 

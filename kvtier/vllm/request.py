@@ -64,14 +64,12 @@ class Promise:
         lease: The claim on their slots.
         first: Ordinal of the first block.
         slots: Slot of each block, in order.
-        until: When the slots may change, on `time.monotonic`'s clock.
         taken: Whether the engine has allocated pages for them.
     """
 
     lease: int
     first: int
     slots: tuple[int, ...]
-    until: float
     taken: bool = False
 
 

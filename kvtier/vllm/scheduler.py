@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -114,11 +115,12 @@ class SchedulerHalf:
         if blocks == 0:
             return 0, False
         # Before the engine counts on it: what it does about loads that fail is not always right.
-        until = store.hold(match.lease)
-        if until <= time.monotonic():
+        # Nor is a lease promised that has an end, as while the agent does not answer: its copies would have
+        # to be waited for.
+        if store.hold(match.lease) != math.inf:
             store.release(match.lease)
             return 0, False
-        state.promise = Promise(match.lease, first, match.slots, until)
+        state.promise = Promise(match.lease, first, match.slots)
         for tier, count in state.origins(match.sources).items():
             self._counters.add(f"promised_tokens_{tier}", count * size)
         return blocks * size, False
@@ -281,22 +283,21 @@ class SchedulerHalf:
         assert promise is not None
         pages = tuple(state.pages[promise.first : promise.first + len(promise.slots)])
         try:
-            in_time = promise.until > time.monotonic()
-            if store is not None and in_time and len(pages) == len(promise.slots):
+            if store is not None and len(pages) == len(promise.slots):
                 self._counters.add("loaded_tokens", len(pages) * self._size)
                 if promise.first <= state.handled:
                     # They lie in the arena: the agent need not be asked whether it wants them.
                     state.handled = max(state.handled, promise.first + len(pages))
                 # The workers hold it from here on.
                 store.release(promise.lease, self.engine.ranks)
-                return Load(promise.lease, promise.until, promise.slots, pages)
+                return Load(promise.lease, promise.slots, pages)
         except Exception as error:  # noqa: BLE001 - the engine counts on an answer
             log_once(_log, "release", "promised blocks cannot be loaded: %r", error)
         self._counters.add("lost_promises")
         if store is not None:
             # Nobody else is going to: the workers are told nothing of it.
             store.release(promise.lease)
-        return Load(0, 0.0, (), pages)
+        return Load(0, (), pages)
 
     @shielded(no_orders)
     def _saves(self, scheduler_output: Any, store: StoreClient | None) -> tuple[Save, ...]:

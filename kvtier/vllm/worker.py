@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 import time
@@ -182,9 +181,10 @@ class WorkerHalf:
 
     def _load(self, load: Load, step: int) -> None:
         store, loaded = self._store(), False
-        if store is not None and load.lease:
+        if store is not None and self._transfers is not None and load.lease:
             try:
-                loaded = self._copy_in(store, load)
+                self._copy_in(self._transfers, store, load)
+                loaded = True
             except Exception as error:  # noqa: BLE001 - whatever it was, the engine has to be told
                 log_once(_log, "load", "promised blocks cannot be loaded: %r", error)
                 store.release(load.lease, self._engine.rank)
@@ -193,16 +193,9 @@ class WorkerHalf:
             self._failed_step = step
             self._counters.add("load_failed_blocks", len(load.pages))
 
-    def _copy_in(self, store: StoreClient, load: Load) -> bool:
-        """Enqueue the copies of a load; False if its slots may have changed before they were made."""
-        assert self._transfers is not None
-        released = partial(self._loaded, store, load)
-        self._transfers.load(None, self._with_addresses(store, load.slots, load.pages), released)
-        if load.until == math.inf:
-            return True
-        # The agent does not answer, and its lease has an end: only then are the copies waited for.
-        self._transfers.drain()
-        return time.monotonic() < load.until
+    def _copy_in(self, transfers: Transfers, store: StoreClient, load: Load) -> None:
+        blocks = self._with_addresses(store, load.slots, load.pages)
+        transfers.load(None, blocks, partial(self._loaded, store, load))
 
     def _loaded(self, store: StoreClient, load: Load, _made: bool) -> None:
         store.release(load.lease, self._engine.rank)

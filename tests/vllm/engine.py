@@ -187,10 +187,9 @@ class Server:
 
         worker = get_kv_transfer_group().worker
 
-        def fail(store: Any, load: Any) -> bool:
+        def fail(transfers: Any, store: Any, load: Any) -> None:
             del worker._copy_in
-            store.release(load.lease, 0)
-            return False
+            raise RuntimeError("lost")
 
         worker._copy_in = fail
         return True

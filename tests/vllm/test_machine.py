@@ -65,11 +65,10 @@ def lose(machine: Machine, how: Any) -> None:
     """Let loads fail whenever `how()` says so."""
     copy_in = machine.worker.worker._copy_in
 
-    def maybe(store: Any, load: Any) -> bool:
+    def maybe(transfers: Any, store: Any, load: Any) -> None:
         if how():
-            store.release(load.lease, 0)
-            return False
-        return copy_in(store, load)
+            raise RuntimeError("lost")
+        copy_in(transfers, store, load)
 
     machine.worker.worker._copy_in = maybe
 
@@ -85,13 +84,13 @@ def lose_elsewhere(machine: Machine, how: Any) -> None:
     worker, failed = machine.worker, [0]
     copy_in, meta = worker.worker._copy_in, worker.build_connector_worker_meta
 
-    def maybe(store: Any, load: Any) -> bool:
+    def maybe(transfers: Any, store: Any, load: Any) -> None:
         if how():
             store.release(load.lease, 0)
             worker.worker._failed_pages.update(load.pages)
             failed[0] = worker.worker._step
-            return True
-        return copy_in(store, load)
+        else:
+            copy_in(transfers, store, load)
 
     worker.worker._copy_in = maybe
     worker.build_connector_worker_meta = lambda: meta().aggregate(WorkerMeta(0, failed[0]))
@@ -190,7 +189,8 @@ def test_a_lost_load_is_computed_and_nothing_of_the_step_is_stored(machine):
     assert count(engine, "loaded_tokens") >= 10 * BLOCK
 
 
-def test_a_promise_that_is_over_before_the_load_is_given_back(machine):
+def test_a_lease_that_has_an_end_is_not_promised(machine):
+    """A worker would have to wait for its copies to know that they were made in time."""
     engine = machine(pages=64)
     prompt = text("over", 5 * BLOCK + 1)
     engine.add("first", prompt, 1)
@@ -198,13 +198,37 @@ def test_a_promise_that_is_over_before_the_load_is_given_back(machine):
     engine.scheduler.reset_prefix_cache()
     hold = engine.store.hold
     # As with an agent that does not answer.
-    over = [True]
+    ends = [True]
 
-    def end_soon(lease: int) -> float:
+    def end_some_time(lease: int) -> float:
         hold(lease)
-        return time.monotonic() + 1e-6 if over.pop() else math.inf
+        return time.monotonic() + 60.0 if ends.pop() else math.inf
 
-    engine.store.hold = end_soon
+    engine.store.hold = end_some_time
+    engine.add("second", prompt, 3)
+    engine.run_out()
+    assert told(engine, "second")
+    assert not ends
+    assert count(engine, "loaded_tokens") == 0
+    assert count(engine, "lost_promises") == 0
+    nothing_held(engine)
+
+
+def test_a_promise_that_is_lost_before_the_load_is_given_back(machine):
+    engine = machine(pages=64)
+    prompt = text("lost", 5 * BLOCK + 1)
+    engine.add("first", prompt, 1)
+    engine.run_out()
+    engine.scheduler.reset_prefix_cache()
+    release, defects = engine.store.release, [True]
+
+    def fail_once(lease: int, shard: int | None = None) -> None:
+        if shard is not None and defects:
+            defects.pop()
+            raise RuntimeError("a defect")
+        release(lease, shard)
+
+    engine.store.release = fail_once
     engine.add("second", prompt, 3)
     engine.run_out()
     assert told(engine, "second")

@@ -178,7 +178,7 @@ def test_saves_begin_at_once_when_their_pages_are_going_to_be_overwritten(rig):
 def test_after_a_failed_load_nothing_is_saved_until_the_scheduler_knows(rig):
     half, store, _ = rig
     half._delays = False
-    half.bind(ConnectorMeta(1, loads=(Load(0, 0.0, (), (4, 5)),), saves=reserved(store, chain(1))))
+    half.bind(ConnectorMeta(1, loads=(Load(0, (), (4, 5)),), saves=reserved(store, chain(1))))
     half.load()
     half.save()
     assert half.take_failed_pages() == {4, 5}
