@@ -16,8 +16,10 @@ RANGES = 16384
 TABLES = 16
 """Ranges of one launch, and launches that may be under way: 4 MiB of their addresses."""
 
-_SPAN = 512
-_WARPS = 4
+_IN_FLIGHT = 64 << 10
+"""Words of 8 bytes that are under way at the same time: as many as the bus can use."""
+_SPAN = 4096
+_WORDS_A_WARP = 256
 _ALIGNMENT = 16
 _LIBRARY = "libcuda.so.1"
 _DEVICE_POINTER = 3
@@ -30,8 +32,8 @@ class KernelCopies:
     So do those of memory that is not pinned: where the driver copies slowly, a kernel would end the process.
 
     The driver takes a microsecond of the calling thread for each range; a launch takes as much as a hundred
-    ranges, however many there are. The kernel keeps the GPU's processors busy, so it is for copies that the
-    engine waits for anyway.
+    ranges, however many there are. The kernel runs on few of the GPU's processors, beside other kernels, and
+    leaves the engine that copies for the driver to others.
     """
 
     def __init__(self, device: torch.device, others: Copy, size: int, library: Any = None) -> None:
@@ -91,9 +93,12 @@ class KernelCopies:
 
     def _launch(self, ranges: NDArray[np.int64], stream: Any) -> None:
         words = self._size // 8
-        grid = (len(ranges), -(-words // _SPAN))
+        span = min(_SPAN, max(_WORDS_A_WARP, 1 << (words - 1).bit_length()))
+        spans = -(-words // span)
+        items = spans * len(ranges)
+        grid = (min(items, _IN_FLIGHT // span),)
         with self._tables.lend(ranges.reshape(-1), stream) as table:
-            self._kernel[grid](table, words, _SPAN, num_warps=_WARPS)
+            self._kernel[grid](table, spans, items, words, span, num_warps=span // _WORDS_A_WARP)
 
     def _warm_up(self) -> None:
         """Run the kernel once: compiling and loading it waits for the whole GPU."""
