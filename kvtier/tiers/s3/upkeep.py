@@ -107,7 +107,8 @@ class Upkeep:
         try:
             if self.heat.write(self._bucket, self._keys, self._namespace):
                 self._counters.add("heat_summaries_written")
-        except KvTierError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it meets there: this thread goes on
+            self._counters.add("heat_failed")
             log_once(_logger, "heat", "a summary of accesses could not be written: %s", error)
 
     def _run(self) -> None:
