@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from diskcache import DEFAULT_SETTINGS, EVICTION_POLICY, Cache, Timeout
-from diskcache.core import MODE_BINARY
 
 from kvtier.codec import StoredFile
 from kvtier.errors import CorruptBlock, TierUnavailable
-from kvtier.hashing import HASH_BYTES
-from kvtier.tiers.disk_files import FILE_NAME, KEY_BYTES, BlockFile, BlockFiles
+from kvtier.tiers.disk_files import FILE_NAME, BlockFile, BlockFiles
 from kvtier.tiers.disk_health import Health
+from kvtier.tiers.disk_rows import ShardRows
 
 SET_ASIDE = ".damaged-"
 """Stands between the name of a shard that was set aside, to be deleted, and a random part."""
 
 _BUSY_SECONDS = 0.5
-_DATABASE = "cache.db"
 
 # diskcache's own least-recently-used policy writes to the database on every read, which makes reads from the
 # page cache 2.6 times as long for 1 MiB and 1.5 times for 4 MiB. Here reads only note what was used, and
@@ -49,7 +46,6 @@ _SETTINGS = {
     "disk_min_file_size": 0,
     "disk_pickle_protocol": 0,
 }
-_SETTING_NAMES = {*DEFAULT_SETTINGS, *_SETTINGS, "disk_max_payload_bytes", "count", "size", "hits", "misses"}
 
 
 class DiskShard:
@@ -74,6 +70,7 @@ class DiskShard:
         self._max_payload_bytes = max_payload_bytes
         self._limit_bytes = limit_bytes
         self._health = health
+        self._rows = ShardRows(directory, namespace, max_payload_bytes, _BUSY_SECONDS)
         # Guards which cache is the current one; never held while blocks are read or written.
         self._lock = threading.Lock()
         # Held for each use of the database: SQLite lets threads that meet there sleep for milliseconds.
@@ -82,7 +79,6 @@ class DiskShard:
         self._identity: tuple[int, int] | None = None
         self._closed = False
         self._swept = False
-        self._last_row = 0
         self._used_lock = threading.Lock()
         self._used: dict[bytes, float] = {}
 
@@ -179,7 +175,7 @@ class DiskShard:
             sweep_up_to_ns: Files without a row are removed if last written up to then, ns since the epoch.
         """
         cache = self._cache
-        if cache is None or self._moved() or self._has_log():
+        if cache is None or self._moved() or self._rows.has_log():
             self._renew(cache)
             return
         try:
@@ -187,7 +183,7 @@ class DiskShard:
                 self._sweep(sweep_up_to_ns)
                 self._swept = True
             self._write_access_times()
-            self._note_new_rows(self.held)
+            self._rows.note_new(self.held)
             self.size_bytes = cache.volume()
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard does, the others go on
             self._recover(cache, self._health.failed(error))
@@ -259,7 +255,7 @@ class DiskShard:
             try:
                 # Without their database the files are of no use, and nobody would count them. A database
                 # that is not ours any more was replaced by another process.
-                found = self._find()
+                found = self._rows.identity()
                 if (damaged and found == self._identity) or (old is not None and found is None):
                     self._set_aside()
                 try:
@@ -273,7 +269,7 @@ class DiskShard:
                 self._health.wrote(self._health.failed(error))
 
     def _open(self) -> None:
-        self._refuse_foreign()
+        self._rows.check({*DEFAULT_SETTINGS, *_SETTINGS})
         cache = Cache(
             str(self._directory),
             timeout=_BUSY_SECONDS,
@@ -284,102 +280,32 @@ class DiskShard:
         )
         held: dict[bytes, int] = {}
         cache.disk.on_remove = lambda block_hash: held.pop(block_hash, None)
-        self._last_row = 0
-        self._note_new_rows(held)
+        self._rows.note_all(held)
         self.size_bytes = cache.volume()
         self.held = held
-        self._identity = self._find()
+        self._identity = self._rows.identity()
         self._turn = threading.Lock()
         self._cache = cache
-
-    def _note_new_rows(self, held: dict[bytes, int]) -> None:
-        """Add the blocks of rows that were not looked at yet: other processes write here too."""
-        with self._connect() as database:
-            (last,) = database.execute("SELECT COALESCE(MAX(rowid), 0) FROM Cache").fetchone()
-            # The conditions on the other columns keep absurd rows from ever being fetched. They need the rows
-            # themselves, and reading those in their order is 2.5 times as fast as by way of the index.
-            rows = database.execute(
-                "SELECT key, mode, filename, value FROM Cache NOT INDEXED"
-                " WHERE rowid > ? AND rowid <= ? AND key >= ? AND key < ? AND length(key) = ? AND raw = 1"
-                " AND typeof(mode) = 'integer' AND typeof(value) = 'integer' AND length(filename) < 64",
-                (
-                    self._last_row,
-                    last,
-                    self._namespace,
-                    self._namespace + b"\xff" * (HASH_BYTES + 1),
-                    KEY_BYTES,
-                ),
-            )
-            for key, mode, name, length in rows:
-                known = mode == MODE_BINARY and isinstance(name, str) and length <= self._max_payload_bytes
-                held[key[HASH_BYTES:]] = BlockFile(name, length).tag if known else 0
-        self._last_row = last
-
-    def _refuse_foreign(self) -> None:
-        """Raise CorruptBlock if what lies in the shard's place must not be given to diskcache.
-
-        diskcache sets an attribute for every setting that it finds in the database, whatever its name.
-        """
-        database_path = self._directory / _DATABASE
-        try:
-            if not stat.S_ISREG(os.lstat(database_path).st_mode):
-                raise CorruptBlock("the database of a shard is not a file")
-        except FileNotFoundError:
-            return
-        except NotADirectoryError:
-            raise CorruptBlock("a shard is not a directory") from None
-        if self._has_log():
-            raise CorruptBlock("the database of a shard has a write-ahead log")
-        with self._connect() as database:
-            tables = {
-                name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            }
-            names = set(database.execute("SELECT key FROM Settings")) if "Settings" in tables else set()
-        foreign = {name for (name,) in names} - _SETTING_NAMES
-        if foreign:
-            raise CorruptBlock(f"the database of a shard has {len(foreign)} foreign settings")
 
     def _set_aside(self) -> None:
         self._health.count("shards_reset")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._directory, f"{self._directory}{SET_ASIDE}{os.urandom(6).hex()}")
 
-    def _find(self) -> tuple[int, int] | None:
-        """Return what tells the database's file from any other; None if there is none."""
-        try:
-            found = os.stat(self._directory / _DATABASE)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
     def _moved(self) -> bool:
         """Whether the database is not the file any more that was opened."""
-        return self._find() != self._identity
-
-    def _has_log(self) -> bool:
-        """Whether somebody put a write-ahead log beside the database, which SQLite would take for its own."""
-        return os.path.lexists(self._directory / f"{_DATABASE}-wal")
+        return self._rows.identity() != self._identity
 
     def _write_access_times(self) -> None:
         with self._used_lock:
             used, self._used = self._used, {}
-        if not used:
-            return
-        rows = [(used_at, self._namespace + block_hash) for block_hash, used_at in used.items()]
-        with self._connect() as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.executemany("UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1", rows)
-            database.execute("COMMIT")
+        self._rows.write_access_times(used)
 
     def _sweep(self, up_to_ns: int) -> None:
         """Remove files without a row, as a crash between file and row leaves them, and add up the size."""
         # Rows are looked up after the files, so that a block committed meanwhile has its row among them.
         orphans = set(self._files())
-        with self._connect() as database:
-            orphans.difference_update(name for (name,) in database.execute("SELECT filename FROM Cache"))
-            database.execute(
-                "UPDATE Settings SET value = (SELECT COALESCE(SUM(size), 0) FROM Cache) WHERE key = 'size'"
-            )
+        self._rows.strike_listed(orphans)
         for name in orphans:
             path = self._directory / name
             with contextlib.suppress(FileNotFoundError):
@@ -394,16 +320,3 @@ class DiskShard:
                     name = f"{folder.name}/{file.name}"
                     if FILE_NAME.fullmatch(name):
                         yield name
-
-    @contextlib.contextmanager
-    def _connect(self) -> Iterator[sqlite3.Connection]:
-        """Open the database for what diskcache has no call for."""
-        database = sqlite3.connect(
-            self._directory / _DATABASE, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        try:
-            database.execute("PRAGMA mmap_size = 0")
-            database.execute("PRAGMA synchronous = OFF")
-            yield database
-        finally:
-            database.close()
