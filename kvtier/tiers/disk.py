@@ -140,6 +140,8 @@ class DiskTier:
             except CorruptBlock as error:
                 self._health.failed(error)
                 self.discard([block_hash])
+            except MemoryError as error:
+                self._health.failed(error)
             deliver(block_hash, payload)
 
         self.read_files(hashes, deliver_bytes)

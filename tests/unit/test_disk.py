@@ -185,6 +185,21 @@ class TestMisses:
             assert tier.stats()["shards_reset"] == 0
         assert elsewhere.read_bytes() == wanted[3].payload
 
+    def test_a_block_that_memory_does_not_suffice_for_is_a_miss_for_now(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with closing(open_tier(tmp_path)) as tier:
+            tier.write(blocks(range(3)))
+
+            def fail(*_: object) -> bytes:
+                raise MemoryError
+
+            with monkeypatch.context() as patch:
+                patch.setattr("kvtier.codec.source.os.pread", fail)
+                assert read(tier, blocks(range(3))) == []
+            assert tier.stats()["errors_io"] == 3
+            assert read(tier, blocks(range(3))) == [0, 1, 2]
+
     def test_a_discarded_block_does_not_come_back(self, tmp_path: Path) -> None:
         with closing(open_tier(tmp_path)) as tier:
             tier.write(blocks(range(5)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -190,6 +191,12 @@ def test_a_listing_that_goes_in_circles_ends(
     _, get_page = paged(Page(objects("a/1"), "t1"))
     with pytest.raises(BadReply, match="advance"):
         list(lister(get_page, "a/", ""))
+
+
+def test_a_listing_in_a_circle_of_several_pages_ends() -> None:
+    tokens = itertools.cycle(["t1", "t2", "t3"])
+    with pytest.raises(BadReply, match="advance"):
+        list(list_sorted(lambda *_: Page(objects("a/1"), next(tokens)), "a/", ""))
 
 
 def test_folders_are_sorted_here_where_the_server_knows_no_order() -> None:

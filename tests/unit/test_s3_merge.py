@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvtier.errors import CorruptBlock
 from kvtier.tiers.s3.gc import GRACE_SECONDS
 from kvtier.tiers.s3.heat import load_heat
@@ -63,6 +65,19 @@ def test_a_corrupt_block_is_not_merged() -> None:
     before = dict(yard.bucket.objects)
     assert yard.collect(verify=verify).merged == 0
     assert yard.bucket.objects == before
+
+
+def test_packs_said_to_be_larger_than_any_are_not_even_read() -> None:
+    yard = Yard()
+    packs = yard.store_chain(chain(WINDOW, size=500), 3)
+    offsets = packs[0].offsets[:]
+    offsets[-1] = 1 << 40
+    yard.now += 1
+    yard.publish(replace(packs[0], offsets=offsets, size=(1 << 40) + 1000))
+    yard.now += SETTLED_SECONDS + 10
+    assert [len(run) for run in yard.plan().runs[NAMESPACE.hex]] == [2]
+    assert yard.collect().merged == 0
+    assert yard.bucket.count("get", "/packs/") == 0
 
 
 def test_what_is_leaving_is_not_merged() -> None:

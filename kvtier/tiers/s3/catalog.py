@@ -192,21 +192,23 @@ class Catalog:
         Raises:
             TierError: The bucket does not answer or refuses; what was found until then is kept.
         """
-        recovered: list[Pack] = []
+        # A table has a fifth of the bytes of its packs.
+        recovered: list[PackTable] = []
         with self._reading.watched():
             lost = self._find_lost(indexed)
             while batch := list(islice(lost, _FOOTER_BATCH)):
                 packs = [pack for pack in self._map(self._recover, batch) if pack is not None]
+                recovered.append(PackTable.of(packs))
                 self._index.add(packs)
-                recovered += packs
         # A bucket that may only be read is served all the same: that is the other direction's health.
-        if recovered:
+        found = PackTable.join(recovered)
+        if len(found):
             self._go_on()
             with self._writing.watched():
-                self.publish(PackTable.of(recovered))
-        self._counters.add("packs_recovered", len(recovered))
+                self.publish(found)
+        self._counters.add("packs_recovered", len(found))
         self._counters.add("index_rebuilds")
-        return len(recovered)
+        return len(found)
 
     def _find_lost(self, indexed: Set[bytes] | None) -> Iterator[bytes]:
         first = indexed is not None

@@ -74,13 +74,15 @@ def list_sorted(get_page: GetPage, prefix: str, start_after: str) -> Iterator[Li
     """
     found: list[ListedObject] = []
     more: dict[str, str] = {}
+    asked: set[str] = set()
     while True:
         page = get_page(prefix[: prefix.rfind("/") + 1], more)
         found += [item for item in page.items if item.key > start_after and item.key.startswith(prefix)]
         if page.more is None:
             break
-        if page.more == more.get("ContinuationToken"):
+        if page.more in asked:
             raise BadReply(f"LIST {prefix}: the listing does not advance")
+        asked.add(page.more)
         more = {"ContinuationToken": page.more}
     yield from sorted(found, key=lambda item: item.key)
 

@@ -14,9 +14,12 @@ from kvtier.tiers.base import Buffer, StoredBlock
 from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
 from kvtier.tiers.s3.lifecycle import StoredPack
 from kvtier.tiers.s3.namespaces import MAX_PAYLOAD_BYTES
-from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, Pack, read_footer, write_pack
+from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, PACK_BYTES, Pack, read_footer, write_pack
 from kvtier.tiers.s3.survey import SETTLED_SECONDS, Survey
 from kvtier.tiers.s3.tombstone import free_salt
+
+_MAX_BYTES = 2 * PACK_BYTES
+"""Blocks of one window have no more, even if nothing could be compressed."""
 
 Verify = Callable[[Buffer, bytes, bytes], None]
 """Takes an encoded block, its hash and its namespace; raises CorruptBlock."""
@@ -84,8 +87,8 @@ def merge(bucket: Bucket, survey: Survey, run: Sequence[StoredPack], verify: Ver
     namespace = bytes.fromhex(survey.name)
     blocks: list[StoredBlock] = []
     try:
-        for part in run:
-            blocks += _read(bucket, survey, part)
+        for pack in _sources(survey, run):
+            blocks += _read(bucket, survey, pack)
         for block in blocks:
             verify(block.payload, block.hash, namespace)
         salt = free_salt([block.hash for block in blocks], survey.salts)
@@ -98,12 +101,29 @@ def merge(bucket: Bucket, survey: Survey, run: Sequence[StoredPack], verify: Ver
         return None
 
 
-def _read(bucket: Bucket, survey: Survey, part: StoredPack) -> list[StoredBlock]:
-    pack = survey.index.pack(part.name)
-    if pack is None:
-        raise ObjectMissing(survey.keys.pack(part.name))
+def _sources(survey: Survey, run: Sequence[StoredPack]) -> list[Pack]:
+    """Return the packs of a run.
+
+    Raises:
+        ObjectMissing: One is not known any more.
+        CorruptBlock: They are said to be larger than what one pack holds.
+    """
+    packs = [pack for part in run if (pack := survey.index.pack(part.name)) is not None]
+    if len(packs) < len(run):
+        raise ObjectMissing("a pack that was to be merged")
+    size = sum(_end(pack) - pack.offsets[0] for pack in packs)
+    if size > _MAX_BYTES:
+        raise CorruptBlock(f"{size} bytes of packs cannot become one")
+    return packs
+
+
+def _end(pack: Pack) -> int:
+    return pack.offsets[-1] + pack.lengths[-1]
+
+
+def _read(bucket: Bucket, survey: Survey, pack: Pack) -> list[StoredBlock]:
     start = pack.offsets[0]
-    data = memoryview(bytearray(pack.offsets[-1] + pack.lengths[-1] - start))
+    data = memoryview(bytearray(_end(pack) - start))
     bucket.get_range(survey.keys.pack(pack.name), start, data)
     parents = (pack.parent, *pack.hashes[:-1])
     return [

@@ -9,10 +9,10 @@ from typing import Any
 
 from kvtier._counters import Counters
 from kvtier.errors import CorruptBlock
-from kvtier.hashing import Namespace
+from kvtier.hashing import FORMAT_VERSION, Namespace
 from kvtier.layout import MAX_BLOCK_BYTES
 from kvtier.tiers.s3.breaker import Breaker
-from kvtier.tiers.s3.bucket import Bucket
+from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
 from kvtier.tiers.s3.catalog import Catalog
 from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
@@ -63,6 +63,23 @@ def read_facts(bucket: Bucket, keys: Keys, name: str) -> Mapping[str, Any]:
     if namespace.hex != name:
         raise CorruptBlock(f"{keys.namespace} describes another namespace, or one of another version")
     return namespace.facts
+
+
+def other_format(bucket: Bucket, keys: Keys) -> int | None:
+    """Return the format of a namespace that another version of kvtier writes; None for one of this version's.
+
+    What lies there looks damaged to this version, and is not.
+
+    Raises:
+        TierError: The bucket does not answer or refuses.
+    """
+    try:
+        data, _ = bucket.get_tail(keys.namespace, _MAX_DOCUMENT_BYTES)
+        facts = json.loads(data)
+    except (ObjectMissing, ValueError, RecursionError):
+        return None
+    version = facts.get("format_version") if isinstance(facts, dict) else None
+    return version if type(version) is int and version != FORMAT_VERSION else None
 
 
 def open_catalog(bucket: Bucket, prefix: str, name: str, counters: Counters) -> tuple[Catalog, BlockIndex]:
