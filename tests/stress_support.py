@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvtier.codec import PlaneSlots
-from kvtier.connector.transfer import Blocks, CudaTransfers, Done, Layers, Mover
+from kvtier.connector.transfer import Blocks, CudaTransfers, Done, Mover
 from kvtier.store import TieredStore, ticket_slot
 from kvtier.trtllm import KvTierConnectorLeader, KvTierConnectorWorker
 from kvtier.trtllm.pool import Pool
@@ -59,52 +59,22 @@ class Deaf:
 class LoadsNotAwaited(CudaTransfers):
     """The forward pass begins before the loads have arrived."""
 
-    def __init__(
-        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
-    ) -> None:
-        super().__init__(mover, loads, saves)
-
     def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
         super().load(Deaf(stream), blocks, done)
-
-
-class LayersNotAwaited(CudaTransfers):
-    """Layers are computed before their part of the loads has arrived."""
-
-    def wait_layer(self, layer: int, stream: Any) -> bool:
-        return super().wait_layer(layer, Deaf(stream))
-
-
-class LayersInWrongOrder(CudaTransfers):
-    """A layer waits for the part of the one before it."""
-
-    def wait_layer(self, layer: int, stream: Any) -> bool:
-        return super().wait_layer(max(0, layer - 1), stream)
-
-
-class FailedPassesNotSettled(CudaTransfers):
-    """Nobody waits for the layers that a pass which failed in its middle has not waited for."""
-
-    def settle(self, stream: Any) -> None:
-        self._arrivals = []
 
 
 class LoadsTooEarly(CudaTransfers):
     """Loads write to pages that the pass before still computes with."""
 
-    def __init__(
-        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
-    ) -> None:
-        super().__init__(mover, Deaf(loads), saves, parts, gate)
+    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
+        super().__init__(mover, Deaf(loads), saves)
 
 
 class SavesTooEarly(CudaTransfers):
     """Saves do not wait for the forward pass."""
 
-    def __init__(
-        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
-    ) -> None:
-        super().__init__(mover, loads, Deaf(saves), parts, gate)
+    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
+        super().__init__(mover, loads, Deaf(saves))
 
 
 class PassesNotOrdered(CudaTransfers):
@@ -118,10 +88,6 @@ class LeasesReleasedEarly(CudaTransfers):
 
     def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
         super().load(stream, blocks, lambda made: None)
-        done(True)
-
-    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        super().load_by_layer(stream, blocks, lambda made: None)
         done(True)
 
 
@@ -151,17 +117,6 @@ MUTILATED = [
 ]
 
 
-class GateAlwaysOpen(CudaTransfers):
-    """Passes that run no hooks begin before the loads have arrived."""
-
-    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        super().load_by_layer(stream, blocks, done)
-        self._gate.open()
-
-
-LAYERWISE = [LayersNotAwaited, LayersInWrongOrder, FailedPassesNotSettled, GateAlwaysOpen]
-
-
 @dataclass(eq=False)
 class Running:
     """A request on its way.
@@ -188,8 +143,6 @@ class Counts:
     held: int = 0
     ordered: int = 0
     failed: int = 0
-    by_layer: int = 0
-    replayed: int = 0
     checks: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -208,24 +161,20 @@ class Stress:
         self, gpu: Any, pool: torch.Tensor, transfers: Callable[[Pool], CudaTransfers], rng: random.Random
     ) -> None:
         self._gpu, self._rng = gpu, rng
-        arguments = llm_args(backend="pytorch", torch_compile_config=None)
+        arguments = llm_args()
         leader, worker = KvTierConnectorLeader(arguments), KvTierConnectorWorker(arguments)
         worker.register_kv_caches(pool)
         self.rig = Rig(leader, worker, pool)
         runtime = leader._runtime
         runtime.ready = replace(runtime.ready, on_gpu=True)
         worker._transfers = transfers(worker._pool)
-        order, by_layer = worker._transfers.order, worker._transfers.load_by_layer
+        order = worker._transfers.order
 
         def counted(stream: Any, behind: int) -> None:
             self.counts.ordered += bool(behind)
             order(stream, behind)
 
-        def counted_by_layer(stream: Any, blocks: Blocks, done: Done) -> None:
-            self.counts.by_layer += len(blocks.slots)
-            by_layer(stream, blocks, done)
-
-        worker._transfers.order, worker._transfers.load_by_layer = counted, counted_by_layer
+        worker._transfers.order = counted
         self._engine = gpu.engine
         self._words = pool.view(PAGES, LAYERS, -1).view(torch.int64)
         base = np.arange(self._words[0].numel(), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -350,14 +299,9 @@ class Stress:
             self._gpu.run(self._engine, lambda: self._words[padding].fill_(GARBAGE))
         if sleeps:
             self._gpu.sleep(self._engine)
-        # A replayed graph runs no hooks.
-        replayed = rng.random() < 0.2
-        self.counts.replayed += replayed
         for layer in range(LAYERS):
             if layer and rng.random() < 0.05:
                 return False
-            if not replayed:
-                self.rig.worker.wait_for_layer_load(layer, self._engine)
             for page, seed in writes:
                 self._gpu.run(self._engine, partial(self._write, page, layer, seed))
             for page, seed in reads:

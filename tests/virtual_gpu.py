@@ -49,33 +49,6 @@ class VirtualStream:
         self.wait_event(other.record_event())
 
 
-class VirtualGate:
-    """Stands in for `kvtier.gpu.gate.Gate`."""
-
-    words = 2
-
-    def __init__(self) -> None:
-        self._closed = 0
-        self._word = [0] * self.words
-        self.capturing = False
-
-    def close(self, engines: VirtualStream, behind: VirtualStream) -> None:
-        self._closed += 1
-        turn, word = divmod(self._closed, self.words)
-        behind.enqueue(lambda: self._write(word, turn + 1))
-        engines.operations.append(lambda: self._word[word] >= turn + 1)
-
-    def open(self) -> None:
-        turn, word = divmod(self._closed, self.words)
-        self._write(word, turn + 1)
-
-    def is_captured(self) -> bool:
-        return self.capturing
-
-    def _write(self, word: int, turn: int) -> None:
-        self._word[word] = turn
-
-
 class VirtualGpu:
     """Runs what is enqueued in any order that streams and events allow; some streams are slow."""
 

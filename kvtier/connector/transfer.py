@@ -67,55 +67,36 @@ class Mover(Protocol):
 class RawMover:
     """Moves blocks as they are, a batch of them with one call."""
 
-    def __init__(
-        self,
-        pool_map: PageMap,
-        copy: Copy,
-        loads: PageMap | None = None,
-        batches: Sequence[int] = BATCHES,
-    ) -> None:
-        """Take what is copied, by what, what is loaded if that is more, and in which batches."""
+    def __init__(self, pool_map: PageMap, copy: Copy, loads: PageMap | None = None) -> None:
+        """Take what is copied, by what, and what is loaded if that is more than is saved."""
         self._map = pool_map
         self._loads = loads or pool_map
         self._copy = copy
-        self._batches = batches
 
     def load(self, blocks: Blocks, stream: int) -> None:
         """Copy slots to pages; see `Mover.load`."""
-        for batch in _batches(blocks, self._batches):
+        for batch in _batches(blocks):
             pool, host, sizes = self._loads.ranges(*batch, whole=False)
             self._copy(pool, host, sizes, stream)
 
     def save(self, blocks: Blocks, stream: int) -> None:
         """Copy pages to slots; see `Mover.save`."""
-        for batch in _batches(blocks, self._batches):
+        for batch in _batches(blocks):
             pool, host, sizes = self._map.ranges(*batch)
             self._copy(host, pool, sizes, stream)
 
 
-def _batches(blocks: Blocks, sizes: Sequence[int]) -> Iterable[Blocks]:
-    return (blocks,) if len(blocks.slots) <= sizes[0] else _several(blocks, sizes)
+def _batches(blocks: Blocks) -> Iterable[Blocks]:
+    return (blocks,) if len(blocks.slots) <= BATCHES[0] else _several(blocks)
 
 
-def _several(blocks: Blocks, sizes: Sequence[int]) -> Iterator[Blocks]:
+def _several(blocks: Blocks) -> Iterator[Blocks]:
     first = 0
-    for size in chain(sizes, repeat(sizes[-1])):
+    for size in chain(BATCHES, repeat(BATCHES[-1])):
         if first >= len(blocks.slots):
             return
         yield Blocks(blocks.slots[first : first + size], blocks.pages[first : first + size])
         first += size
-
-
-class Layers(NamedTuple):
-    """Some of the layers that blocks consist of.
-
-    Attributes:
-        layers: How many follow those of the parts before.
-        mover: Loads their part of blocks.
-    """
-
-    layers: int
-    mover: Mover
 
 
 class Transfers(Protocol):
@@ -123,11 +104,9 @@ class Transfers(Protocol):
 
     Attributes:
         behind: Whether saves go on behind the engine's back.
-        layers: The layers that `load_by_layer` tells apart; 0 where it can tell none.
     """
 
     behind: bool
-    layers: int
 
     def order(self, stream: Any, behind: int) -> None:
         """Let what comes next on `stream` happen after the saves of all passes up to `behind`."""
@@ -135,25 +114,6 @@ class Transfers(Protocol):
 
     def load(self, stream: Any, blocks: Blocks, done: Done) -> None:
         """Copy slots to pages after what is on `stream`, before whatever follows on it; errors are raised."""
-        ...
-
-    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        """Do what `load` does, but for what `wait_layer` allows to begin sooner."""
-        ...
-
-    def wait_layer(self, layer: int, stream: Any) -> bool:
-        """Let what comes next on `stream` happen after this layer's part of the last load by layer.
-
-        Called for the first layer, it promises to be called for all others: what `load_by_layer` holds back
-        goes on.
-
-        Returns:
-            False if it is a CUDA graph that comes next, which was not let go on.
-        """
-        ...
-
-    def settle(self, stream: Any) -> None:
-        """Let what comes next on `stream` happen after all of the last load by layer."""
         ...
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
@@ -193,7 +153,6 @@ class HostTransfers:
     """A pool in host memory, as in the reference engine: every copy is over when the call returns."""
 
     behind = False
-    layers = 0
 
     def __init__(self, mover: Mover) -> None:
         self.mover = mover
@@ -205,17 +164,6 @@ class HostTransfers:
         """Copy slots to pages."""
         self.mover.load(blocks, 0)
         done(True)
-
-    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        """Copy slots to pages."""
-        self.load(stream, blocks, done)
-
-    def wait_layer(self, layer: int, stream: Any) -> bool:
-        """Do nothing: no copy is under way."""
-        return True
-
-    def settle(self, stream: Any) -> None:
-        """Do nothing: no copy is under way."""
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
         """Copy pages to slots."""
@@ -249,28 +197,13 @@ class CudaTransfers:
 
     behind = True
 
-    def __init__(
-        self, mover: Mover, loads: Any, saves: Any, parts: Sequence[Layers] = (), gate: Any = None
-    ) -> None:
-        """Take what moves the blocks, and two streams that nobody else uses.
-
-        Args:
-            mover: Moves whole blocks.
-            loads: The stream of loads.
-            saves: The stream of saves.
-            parts: All layers in order, where blocks can be loaded by layer.
-            gate: A `kvtier.gpu.gate.Gate`; without one nothing is loaded by layer.
-        """
+    def __init__(self, mover: Mover, loads: Any, saves: Any) -> None:
+        """Take what moves the blocks, and two streams that nobody else uses."""
         self.mover = mover
-        self.layers = sum(part.layers for part in parts) if gate else 0
-        self._parts = parts
-        self._gate = gate
         self._load_stream = loads
         self._save_stream = saves
         self._loads: deque[_Pending] = deque()
         self._saves: deque[_Pending] = deque()
-        # Of the last load by layer: the event of each layer.
-        self._arrivals: list[Any] = []
 
     def order(self, stream: Any, behind: int) -> None:
         """Make the stream wait for the last of these saves; their stream runs them in order."""
@@ -290,51 +223,6 @@ class CudaTransfers:
             event = self._load_stream.record_event()
             engines.wait_event(event)
         self._loads.append(_Pending(event, 0, partial(done, True)))
-
-    def load_by_layer(self, stream: Any, blocks: Blocks, done: Done) -> None:
-        """Enqueue copies behind what the engine has enqueued, and hold back what it will behind a gate.
-
-        The last copy opens it: that is what a pass waits for which runs no hooks.
-        """
-        self.settle(stream)
-        if len(self._loads) >= self._gate.words:
-            self.load(stream, blocks, done)
-            return
-        engines = self._engines(stream)
-        self._load_stream.wait_stream(engines)
-        try:
-            for part in self._parts:
-                part.mover.load(blocks, self._load_stream.cuda_stream)
-                self._arrivals += [self._load_stream.record_event()] * part.layers
-        except BaseException:
-            # As in `load`.
-            self._arrivals.append(self._load_stream.record_event())
-            self.settle(stream)
-            raise
-        try:
-            self._gate.close(engines, self._load_stream)
-        except OSError as error:
-            log_once(_log, "gate", "loads are not waited for layer by layer: %s", error)
-            self.layers = 0
-            engines.wait_event(self._arrivals[-1])
-        self._loads.append(_Pending(self._arrivals[-1], 0, partial(done, True)))
-
-    def wait_layer(self, layer: int, stream: Any) -> bool:
-        """Make the stream wait for the event of the layer; the first one opens the gate."""
-        if self._gate.is_captured():
-            return False
-        if self._arrivals:
-            known = 0 <= layer < len(self._arrivals)
-            self._engines(stream).wait_event(self._arrivals[layer if known else -1])
-            if layer == 0:
-                self._gate.open()
-        return True
-
-    def settle(self, stream: Any) -> None:
-        """Make the stream wait for the last layer's event."""
-        if self._arrivals:
-            self._engines(stream).wait_event(self._arrivals[-1])
-            self._arrivals = []
 
     def save(self, stream: Any, blocks: Blocks, done: Done, number: int) -> None:
         """Enqueue copies behind what the engine has enqueued."""

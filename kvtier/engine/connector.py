@@ -186,7 +186,6 @@ def make_llm_args(
         model=model.path,
         dtype="auto",
         backend="pytorch",
-        torch_compile_config=None,
         tensor_parallel_size=ranks,
         pipeline_parallel_size=1,
         parallel_config=SimpleNamespace(world_size=ranks, tp_size=ranks, rank=rank),

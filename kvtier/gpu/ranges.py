@@ -113,21 +113,6 @@ class PageMap:
         # Regions may lie in allocations of their own, which one copy must not span.
         return _joined(found) if len(self._size) == 1 else found
 
-    def part(self, start: int, stop: int) -> PageMap:
-        """Return the map of some bytes of each block, which lie in host memory where they are in the block.
-
-        Args:
-            start: The first byte of each block.
-            stop: The byte after the last.
-        """
-        regions, starts = [], []
-        for region, first in self._kept:
-            begin, end = max(first, start), min(first + region.size, stop)
-            if begin < end:
-                regions.append(region._replace(base=region.base + begin - first, size=end - begin))
-                starts.append(begin)
-        return PageMap(regions, self._groups, sparse=self.sparse, starts=starts)
-
     def is_plain(self, alignment: int) -> bool:
         """Say whether every block is one range, without a page lacking, at a multiple of `alignment`."""
         return (

@@ -20,7 +20,6 @@ from kvtier.connector.slots import SlotAddresses
 from kvtier.connector.transfer import Blocks, Transfers
 from kvtier.store.base import StoreClient, ticket_slot
 from kvtier.trtllm.fields import as_int, dig
-from kvtier.trtllm.hooks import LayerHooks
 from kvtier.trtllm.interface import KvCacheConnectorWorker, rank_here
 from kvtier.trtllm.meta import ConnectorMeta, Load, Save
 from kvtier.trtllm.movers import transfers_for
@@ -28,10 +27,6 @@ from kvtier.trtllm.pool import FlatPool, GroupPool, Pool
 from kvtier.trtllm.runtime import Runtime, join, runtime_of
 
 _log = logging.getLogger(__name__)
-
-
-BY_LAYER_BYTES = 384 << 20
-"""Less is loaded as a whole: that takes 7 ms, of which launching four kernels would cost too large a part."""
 
 
 class KvTierConnectorWorker(KvCacheConnectorWorker):
@@ -58,10 +53,6 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         self._transfers: Transfers | None = None
         self._form = ""
         self._slots = SlotAddresses()
-        self._hooks = LayerHooks(llm_args)
-        # Whether the present pass loads by layer, and why nothing more may come of this engine.
-        self._by_layer = False
-        self._broken: BrokenPromise | None = None
         self._loads: tuple[Load, ...] = ()
         self._saves: tuple[Save, ...] = ()
         # Number of the pass that is bound, and of the last one whose saves must come before it.
@@ -112,13 +103,9 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             BrokenPromise: A block cannot be delivered.
         """
         loads, self._loads = self._loads, ()
-        self._stop_if_broken()
         self._poll()
         try:
             if self._transfers is not None:
-                # A pass that failed in the middle has not waited for its last layers.
-                self._transfers.settle(stream)
-                self._by_layer = self._hooks.watching = False
                 self._transfers.order(stream, self._behind)
                 self._behind = 0
             if loads:
@@ -131,11 +118,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
             raise
 
     def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
-        """Let the layer wait for what is loaded of it; else the loads stand in front of the whole pass."""
-        if not self._hooks.watching or self._transfers is None:
-            return
-        if not self._by_layer or self._transfers.wait_layer(layer_idx, stream):
-            self._hooks.ran(layer_idx)
+        """Do nothing: the loads stand in front of the whole pass on its stream."""
 
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """Do nothing: whole blocks are saved after the pass; CUDA graphs do not even run this hook."""
@@ -146,11 +129,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
 
         Where copies take time they begin in `get_finished`: before that the engine sends the pass's tokens on
         their way to the host, which must not queue up behind a gigabyte of blocks.
-
-        Raises:
-            BrokenPromise: Layers were computed without having been waited for.
         """
-        self._end_watch(stream)
         saves, self._saves = self._saves, ()
         self._stream = stream
         if saves:
@@ -164,11 +143,7 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         """Start saving the last blocks of finished requests; return those whose copies have ended.
 
         Loads are never asynchronous, so an id that comes as loading has nothing to wait for.
-
-        Raises:
-            BrokenPromise: An earlier pass has read what was not loaded yet.
         """
-        self._stop_if_broken()
         self._begin_late()
         for request_id in finished_gen_req_ids:
             self._save_tail(request_id)
@@ -204,8 +179,6 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
                 self._transfers.drain()
             self._transfers = transfers_for(pool, form)
             self._pool, self._form = pool, form.name
-            self._hooks.forget()
-            self._by_layer = False
         self._shard = 0 if self._runtime.replicated(pool) else self._rank
         self._runtime.register(self._rank, pool)
 
@@ -244,34 +217,8 @@ class KvTierConnectorWorker(KvCacheConnectorWorker):
         until = min(load.until for load in loads)
         done = partial(self._loaded, store, [load.lease for load in loads], len(blocks), until)
         self._check(until)
-        layers = self._transfers.layers
-        size = len(blocks) * store.layout.shard_bytes
-        self._by_layer = self._hooks.certain(layers) and size >= BY_LAYER_BYTES
-        load = self._transfers.load_by_layer if self._by_layer else self._transfers.load
-        load(stream, self._with_addresses(store, blocks), done)
-        self._hooks.begin(layers)
+        self._transfers.load(stream, self._with_addresses(store, blocks), done)
         self._check(until)
-
-    def _end_watch(self, stream: Any) -> None:
-        """See whether the pass has waited for each layer that it loaded.
-
-        Raises:
-            BrokenPromise: It has for some, although all were certain. Its requests end with an error, and the
-                engine with the next call that ends its loop: its pages may hold wrong KV, and be reused.
-        """
-        if not self._hooks.watching:
-            return
-        as_expected, by_layer = self._hooks.end(), self._by_layer
-        self._by_layer = False
-        if by_layer and self._transfers is not None:
-            self._transfers.settle(stream)
-            if not as_expected:
-                self._broken = BrokenPromise("a pass has run the hooks of some layers and not of others")
-                self._stop_if_broken()
-
-    def _stop_if_broken(self) -> None:
-        if self._broken is not None:
-            raise self._broken
 
     def _loaded(
         self, store: StoreClient, leases: Sequence[int], blocks: int, until: float, _made: bool

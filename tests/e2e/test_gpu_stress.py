@@ -12,15 +12,12 @@ Other seeds than the clock's, one by one or as a span:
 Each run prints its seed, and it stands in the test's name.
 
 The orders are in `CudaTransfers` (`kvtier/connector/transfer.py`); that each is needed is shown with
-subclasses (`MUTILATED` and `LAYERWISE` in `tests/stress_support.py`) that leave out one of them and nothing
-else. By hand, each of these makes `test_every_byte_is_right` fail, though not with every seed, so let it run
-with 40:
+subclasses (`MUTILATED` in `tests/stress_support.py`) that leave out one of them and nothing else. By hand,
+each of these makes `test_every_byte_is_right` fail, though not with every seed, so let it run with 40:
 
 | method | what to take out | the same by subclass |
 | --- | --- | --- |
 | `load` | `engines.wait_event(event)` | `LoadsNotAwaited` |
-| `wait_layer` | `self._engines(stream).wait_event(...)` | `LayersNotAwaited` |
-| `load_by_layer` | `self._gate.close(...)` | `GateAlwaysOpen` |
 | `load` | `self._load_stream.wait_stream(engines)` | `LoadsTooEarly` |
 | `save` | `self._save_stream.wait_stream(...)` | `SavesTooEarly` |
 | `order` | `self._engines(stream).wait_event(...)` | `PassesNotOrdered` |
@@ -34,28 +31,22 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from kvtier.codec import PlaneSlots, slot_form  # noqa: E402
-from kvtier.connector.transfer import Blocks, CudaTransfers, Layers, Mover, RawMover  # noqa: E402
+from kvtier.connector.transfer import Blocks, CudaTransfers, Mover, RawMover  # noqa: E402
 from kvtier.gpu.copies import CudaCopies  # noqa: E402
-from kvtier.gpu.gate import Gate  # noqa: E402
-from kvtier.gpu.kernel_copies import KernelCopies  # noqa: E402
 from kvtier.gpu.plane_movers import CudaPlanes  # noqa: E402
-from kvtier.trtllm.movers import layer_parts  # noqa: E402
 from kvtier.trtllm.pool import Pool  # noqa: E402
 from tests.stress_support import (  # noqa: E402
     LAYERS,
-    LAYERWISE,
     MUTILATED,
     PAGES,
     SLOTS,
     Counts,
-    FailedPassesNotSettled,
     Stress,
     seeds_until_wrong,
     stress_seeds,
@@ -126,11 +117,6 @@ def _kernels_are_loaded():
     torch.cuda.synchronize()
 
 
-def not_by_kernel(*ranges: object) -> None:
-    """Stand in for the driver's copies where the kernel is to make all."""
-    raise AssertionError("memory that the kernel does not reach")
-
-
 def stress(
     kind: type[CudaTransfers],
     seed: int,
@@ -141,7 +127,6 @@ def stress(
     slots: str = "raw",
 ) -> tuple[int, Counts, dict[str, float]]:
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path, slots=slots)))
-    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 0)
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = RealGpu(rng, default_stream)
@@ -150,12 +135,9 @@ def stress(
 
     def transfers(pool: Pool) -> CudaTransfers:
         form, copies = slot_form(pool.layout, slots), CudaCopies(device)
-        streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        if isinstance(form, PlaneSlots):
-            return kind(SleepyMover(CudaPlanes(form, pool.map, copies, device), gpu, rng), *streams)
-        copy_of = partial(KernelCopies, device, not_by_kernel)
-        parts = [Layers(p.layers, SleepyMover(p.mover, gpu, rng)) for p in layer_parts(pool, copy_of)]
-        return kind(SleepyMover(RawMover(pool.map, copies), gpu, rng), *streams, parts, Gate(device))
+        planes = isinstance(form, PlaneSlots)
+        mover = CudaPlanes(form, pool.map, copies, device) if planes else RawMover(pool.map, copies)
+        return kind(SleepyMover(mover, gpu, rng), torch.cuda.Stream(device), torch.cuda.Stream(device))
 
     with memory_stores(monkeypatch, slots=SLOTS):
         world = Stress(gpu, pool, transfers, rng)
@@ -177,22 +159,13 @@ def test_every_byte_is_right(seed, default_stream, slots, monkeypatch, tmp_path)
     wrong, counts, stats = stress(CudaTransfers, seed, monkeypatch, tmp_path, 120, default_stream, slots)
     assert wrong == 0
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 5
-    assert (counts.by_layer > 5) == (slots == "raw")
     assert (stats["store_leases"], stats["store_filling_slots"]) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "slots"),
-    [
-        *((kind, slots) for kind in MUTILATED for slots in ("raw", "planes")),
-        *((k, "raw") for k in LAYERWISE if k is not FailedPassesNotSettled),
-    ],
-)
+@pytest.mark.parametrize("slots", ["raw", "planes"])
+@pytest.mark.parametrize("kind", MUTILATED)
 def test_without_one_of_the_orders_bytes_go_wrong(kind, slots, monkeypatch, tmp_path):
-    """Shows that the test above can fail, and each order is needed.
-
-    What comes after a pass that failed waits long enough by chance: only the virtual GPU shows that it must.
-    """
+    """Shows that the test above can fail, and each order is needed."""
     runs = seeds_until_wrong(
         lambda seed: stress(kind, seed, monkeypatch, tmp_path, 150, slots=slots)[0], SEEDS[0]
     )

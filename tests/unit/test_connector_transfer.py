@@ -13,21 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvtier.connector.transfer import Blocks, CudaTransfers, Layers, RawMover
-from kvtier.trtllm.movers import layer_parts
+from kvtier.connector.transfer import Blocks, CudaTransfers, RawMover
 from kvtier.trtllm.pool import Pool
-from tests.stress_support import (
-    LAYERS,
-    LAYERWISE,
-    MUTILATED,
-    PAGES,
-    SLOTS,
-    Stress,
-    seeds_until_wrong,
-    stress_seeds,
-)
+from tests.stress_support import LAYERS, MUTILATED, PAGES, SLOTS, Stress, seeds_until_wrong, stress_seeds
 from tests.trtllm_support import memory_stores, write_config
-from tests.virtual_gpu import VirtualGate, VirtualGpu
+from tests.virtual_gpu import VirtualGpu
 
 ROW = 32
 
@@ -36,7 +26,6 @@ def stress(
     kind: type[CudaTransfers], seed: int, monkeypatch, tmp_path, iterations: int
 ) -> tuple[int, Stress]:
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
-    monkeypatch.setattr("kvtier.trtllm.worker.BY_LAYER_BYTES", 0)
     print(f"seed {seed}")
     rng = random.Random(seed)
     gpu = VirtualGpu(rng)
@@ -44,9 +33,7 @@ def stress(
 
     def transfers(pool: Pool) -> CudaTransfers:
         mover = RawMover(pool.map, gpu.copy)
-        return kind(
-            mover, gpu.stream(), gpu.stream(), layer_parts(pool, lambda size: gpu.copy, 1), VirtualGate()
-        )
+        return kind(mover, gpu.stream(), gpu.stream())
 
     with memory_stores(monkeypatch, slots=SLOTS):
         world = Stress(gpu, pool, transfers, rng)
@@ -60,12 +47,11 @@ def test_every_byte_is_right_however_the_streams_run(seed, monkeypatch, tmp_path
     assert wrong == 0
     counts, stats = world.counts, world.rig.worker.stats()
     assert min(counts.loaded, counts.cancelled, counts.held, counts.ordered, stats["saved_blocks"]) > 5
-    assert min(counts.by_layer - 5, counts.replayed) > 0
     assert world.rig.leader.stats()["store_leases"] == 0
     assert world.rig.leader.stats()["store_filling_slots"] == 0
 
 
-@pytest.mark.parametrize("kind", [*MUTILATED, *LAYERWISE])
+@pytest.mark.parametrize("kind", MUTILATED)
 def test_without_one_of_the_orders_bytes_go_wrong(kind, monkeypatch, tmp_path):
     assert seeds_until_wrong(lambda seed: stress(kind, seed, monkeypatch, tmp_path, 150)[0], 0)
 
@@ -82,25 +68,14 @@ class HalfMover:
         raise OSError("refused")
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_computed_in_place_of_a_load_that_failed_is_not_overwritten(seed, by_layer):
+def test_what_is_computed_in_place_of_a_load_that_failed_is_not_overwritten(seed):
     """An engine that is told of it computes the same pages while some of the copies may be under way."""
     gpu, pool = VirtualGpu(random.Random(seed)), [""] * 3
-    mover = HalfMover(gpu, pool)
-    transfers = CudaTransfers(mover, gpu.stream(), gpu.stream(), [Layers(2, mover)], VirtualGate())
-    load = transfers.load_by_layer if by_layer else transfers.load
+    transfers = CudaTransfers(HalfMover(gpu, pool), gpu.stream(), gpu.stream())
     with pytest.raises(OSError, match="refused"):
-        load(gpu.engine, Blocks(np.zeros(3, np.uint64), [(0,), (1,), (2,)]), lambda made: None)
+        transfers.load(gpu.engine, Blocks(np.zeros(3, np.uint64), [(0,), (1,), (2,)]), lambda made: None)
     for place in range(3):
         gpu.run(gpu.engine, partial(pool.__setitem__, place, "computed"))
     gpu.synchronize()
     assert pool == ["computed"] * 3
-
-
-def test_a_gate_that_opens_those_before_it_makes_bytes_go_wrong(monkeypatch, tmp_path):
-    def open_all(gate: VirtualGate) -> None:
-        gate._word = [gate._closed] * gate.words
-
-    monkeypatch.setattr(VirtualGate, "open", open_all)
-    assert any(stress(CudaTransfers, seed, monkeypatch, tmp_path, 150)[0] for seed in range(60))

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import nullcontext
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvtier.gpu.copies import CopyError, CudaCopies
-from kvtier.gpu.ranges import PageMap, Region
 
 DESTINATIONS, SOURCES, SIZES = [10, 20, 30], [1 << 40, 2, 3], [4, 5, 6]
 COPIES = list(zip(DESTINATIONS, SOURCES, SIZES, strict=True))
@@ -83,27 +79,3 @@ def test_a_copy_that_is_refused_is_an_error():
     driver = Driver([0, 700], None)
     with pytest.raises(CopyError, match="700"):
         copy(CudaCopies(torch.device("cuda", 0), driver))
-
-
-@given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    cuts=st.lists(st.integers(0, 36), max_size=3),
-    pages=st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True),
-)
-def test_parts_of_blocks_are_together_the_blocks(sizes, cuts, pages):
-    regions = [Region(0, 1000 * n, size + n, size, 4) for n, size in enumerate(sizes)]
-    whole = PageMap(regions, 1)
-    slots = np.arange(len(pages), dtype=np.uint64) * np.uint64(100)
-    ends = sorted({0, *(min(cut, whole.block_bytes) for cut in cuts), whole.block_bytes})
-
-    def bytes_of(page_map: PageMap) -> list[tuple[int, int]]:
-        pool, host, sizes = page_map.ranges(slots, [(page,) for page in pages])
-        return [
-            (int(to) + at, int(of) + at)
-            for to, of, size in zip(pool, host, sizes, strict=True)
-            for at in range(int(size))
-        ]
-
-    parts = [whole.part(first, last) for first, last in pairwise(ends)]
-    assert sorted(pair for part in parts for pair in bytes_of(part)) == sorted(bytes_of(whole))
-    assert [part.block_bytes for part in parts] == np.diff(ends).tolist()
