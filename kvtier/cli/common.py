@@ -73,6 +73,11 @@ def nothing_there(config: S3Config) -> str:
     return f"nothing below {config.prefix}/ in {config.bucket}"
 
 
+def left_alone(name: str, other: int) -> str:
+    """Say that a namespace is not looked at, being in a format that this version does not know."""
+    return f"{name}: left alone, another version of kvtier writes it (format {other})"
+
+
 def shows_progress(json_out: bool) -> bool:
     """Whether somebody watches standard error."""
     return not json_out and sys.stderr.isatty()

@@ -18,6 +18,7 @@ from kvtier.cli.common import (
     ConfigOption,
     JsonFlag,
     bucket_settings,
+    left_alone,
     nothing_there,
     opened_bucket,
     shows_progress,
@@ -40,13 +41,18 @@ def verify(
 
     Exit code 1 when something is damaged, also when it has been repaired.
     """
-    from kvtier.tiers.s3.namespaces import find_namespaces
+    from kvtier.tiers.s3.keys import Keys
+    from kvtier.tiers.s3.namespaces import find_namespaces, other_format
     from kvtier.tiers.s3.verify import Verifier
 
     settings = bucket_settings(config)
-    report: dict[str, Any] = {"namespaces": {}, "removed": 0, "reindexed": 0}
+    report: dict[str, Any] = {"namespaces": {}, "other_formats": {}, "removed": 0, "reindexed": 0}
     with opened_bucket(settings) as bucket:
         for name in list(find_namespaces(bucket, settings.prefix)):
+            other = other_format(bucket, Keys(settings.prefix, name))
+            if other is not None:
+                report["other_formats"][name] = other
+                continue
             with _progress(json_out) as (start, advance):
                 verifier = Verifier(bucket, settings.prefix, name, advance)
                 start(name, verifier.pack_bytes)
@@ -57,7 +63,7 @@ def verify(
                 report["reindexed"] += _reindex(bucket, settings.prefix, name, found)
     if json_out:
         typer.echo(json.dumps(report))
-    elif report["namespaces"]:
+    elif report["namespaces"] or report["other_formats"]:
         _show(report)
     else:
         typer.echo(nothing_there(settings))
@@ -97,6 +103,7 @@ def _progress(json_out: bool) -> Iterator[tuple[_Start, Callable[[int], None]]]:
 def _show(report: dict[str, Any]) -> None:
     console = Console()
     table = Table("namespace", "packs", "blocks", "size", "segments", "unlisted", "damaged")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for name, found in report["namespaces"].items():
@@ -108,6 +115,8 @@ def _show(report: dict[str, Any]) -> None:
             block = f" block {damage['block']}" if damage["block"] else ""
             # Unlike rich's own, this output is not wrapped: scripts look for keys.
             typer.echo(f"damaged: {damage['key']}{block}: {damage['problem']}")
+    for name, other in report["other_formats"].items():
+        typer.echo(left_alone(name, other))
     if report["removed"] or report["reindexed"]:
         typer.echo(
             f"repaired: {report['removed']} objects deleted, {report['reindexed']} packs indexed again"

@@ -19,7 +19,7 @@ from kvtier.codec import BlockCodec
 from kvtier.config import load_config
 from kvtier.connector.weights import adapter_digest
 from kvtier.errors import ConfigError
-from kvtier.hashing import Namespace, chain_root, hash_blocks
+from kvtier.hashing import FORMAT_VERSION, Namespace, chain_root, hash_blocks
 from kvtier.layout import BlockLayout
 from kvtier.store import open_tiers
 from kvtier.tiers import StoredBlock
@@ -95,6 +95,29 @@ def test_an_empty_bucket_is_said_to_be_empty(s3_bucket: S3Place, file: Path, com
         assert says in str(result.exception)
     else:
         assert (result.exit_code, result.stdout) == (0, f"{says}\n")
+
+
+@pytest.mark.parametrize("command", [["verify", "--repair"], ["rebuild-index"]])
+def test_what_another_version_writes_is_left_alone(
+    s3_bucket: S3Place, tier: S3Tier, file: Path, command: list[str]
+) -> None:
+    """To this version it all looks damaged; repaired, a node that is behind would empty the others' cache."""
+    store(tier, encoded(5, 1))
+    name = "ab" * 16
+    keys = [f"{s3_bucket.prefix}/{name}/{key}" for key in ("namespace.json", f"packs/cd/{'cd' * 16}.kvp")]
+    document = json.dumps({"id": name, "model": "m", "format_version": FORMAT_VERSION + 1})
+    bucket = s3_bucket.config().bucket
+    for key, body in zip(keys, (document, "another format"), strict=True):
+        s3_bucket.client.put_object(Bucket=bucket, Key=key, Body=body.encode())
+    result = CliRunner().invoke(app, [*command, "--config", str(file)])
+    assert result.exit_code == 0, result.output
+    assert f"{name}: left alone, another version of kvtier writes it (format {FORMAT_VERSION + 1})" in (
+        result.stdout
+    )
+    assert SPACE.hex in result.stdout
+    assert name not in run(*command, "--config", str(file))["namespaces"]
+    for key in keys:
+        s3_bucket.client.head_object(Bucket=bucket, Key=key)
 
 
 def test_gc_says_what_would_go_and_only_then_does_it(s3_bucket: S3Place, tier: S3Tier, file: Path) -> None:
