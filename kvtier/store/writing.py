@@ -15,16 +15,16 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
 from kvtier.codec import BlockCodec
-from kvtier.tiers import ReadsFiles, StoredBlock, Tier
+from kvtier.tiers import StoredBlock, Tier
 from kvtier.tiers.memory import MemoryTier
 
 _log = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES = 256 << 20
-"""Encoded bytes that may wait for one tier; a slower tier loses blocks rather than the machine its memory."""
+"""Encoded bytes that may wait for one tier; beyond that encoders wait for it, or it loses blocks."""
 
-_STALL_SECONDS = 1.0
-"""A local tier that has written nothing for so long is not waited for."""
+_STALL_SECONDS = 5.0
+"""A tier that has taken nothing for so long is not waited for."""
 
 _LOOK_SECONDS = 0.05
 
@@ -57,8 +57,6 @@ class _TierQueue:
         """Take a tier, and what says whether too much waits for its encoder to wait for room here, too."""
         self._tier = tier
         self._is_behind = is_behind
-        # A bucket can be slower than the encoders for long.
-        self._is_local = isinstance(tier, ReadsFiles)
         self._progress = 0.0
         self._counters = counters
         self._worker = Workers(f"write-{tier.name}", 1)
@@ -68,16 +66,16 @@ class _TierQueue:
         self._writing = False
 
     def offer(self, block: StoredBlock, *, wait: bool = False) -> None:
-        """Queue a block; where there is no room it is lost, unless `wait` and a local tier makes some.
+        """Queue a block; where there is no room it is lost, unless `wait` and the tier makes some in time.
 
-        A prompt is encoded faster than a disk takes it. Without the blocks that are lost in the middle, those
-        behind them are worth nothing.
+        A prompt is encoded faster than disk or bucket take it. Without the blocks that are lost in the
+        middle, those behind them are worth nothing.
         """
         size = len(block.payload)
         with self._changed:
             while self.queued_bytes + size > MAX_QUEUED_BYTES:
                 left = self._progress + _STALL_SECONDS - time.monotonic()
-                if not wait or not self._is_local or left <= 0 or self._is_behind():
+                if not wait or left <= 0 or self._is_behind():
                     self._counters.add(f"{self._tier.name}_dropped_blocks")
                     return
                 self._changed.wait(min(left, _LOOK_SECONDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -70,7 +71,28 @@ def test_impossible_blocks_are_refused(bad: StoredBlock, open_tier: Callable[...
     assert tier.match(hashes_of(good)) == 2
 
 
-def test_a_slow_bucket_makes_the_queue_refuse(bucket: FakeBucket, open_tier: Callable[..., S3Tier]) -> None:
+def test_a_slow_bucket_is_waited_for(bucket: FakeBucket, open_tier: Callable[..., S3Tier]) -> None:
+    blocks = chain(8 * WINDOW, size=10_000)
+    limit = 2 * WINDOW * 10_000
+    tier = open_tier(pending_limit=limit)
+    most = 0
+
+    def slow(kind: str, key: str) -> None:
+        nonlocal most
+        most = max(most, tier.stats()["pending_bytes"])
+        time.sleep(0.01)
+
+    bucket.before = slow
+    assert tier.write(blocks) == len(blocks)
+    assert tier.flush(30)
+    assert tier.match(hashes_of(blocks)) == len(blocks)
+    assert 0 < most <= limit
+
+
+def test_a_bucket_that_stands_still_makes_the_queue_refuse(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploader, "_PATIENCE_SECONDS", 0.05)
     blocks = chain(4 * WINDOW, size=10_000)
     limit = 2 * WINDOW * 10_000
     tier = open_tier(pending_limit=limit)

@@ -1,4 +1,4 @@
-"""Write-through: a prompt that a local disk takes more slowly than it is encoded gets there whole."""
+"""Write-through: a prompt that disk or bucket take more slowly than it is encoded gets there whole."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from tests.store_support import DictTier, chain, make_store, save
 PATIENT = 30.0
 
 
-class LocalTier(DictTier):
-    """A tier of local files, to whoever asks; it writes a batch for each `release` of its gate."""
+class SlowTier(DictTier):
+    """A tier that writes a batch for each `release` of its gate."""
 
     def __init__(self) -> None:
         super().__init__("disk")
         self.gate = threading.Semaphore(0)
         self.begun = threading.Event()
-
-    def read_files(self, hashes, deliver):
-        raise NotImplementedError
 
     def write(self, blocks):
         self.begun.set()
@@ -32,8 +29,8 @@ class LocalTier(DictTier):
 
 @pytest.fixture
 def full(monkeypatch):
-    """A store of 64 slots whose local tier is writing one block, and has room for three in its queue."""
-    tier = LocalTier()
+    """A store of 64 slots whose tier is writing one block, and has room for three in its queue."""
+    tier = SlowTier()
     store = make_store([tier], slots=64)
     save(store, chain(1, 100))
     assert tier.begun.wait(PATIENT)
@@ -51,7 +48,7 @@ def until(condition) -> None:
         time.sleep(0.002)
 
 
-def test_blocks_wait_for_a_local_tier_that_makes_progress(full, monkeypatch):
+def test_blocks_wait_for_a_tier_that_makes_progress(full, monkeypatch):
     monkeypatch.setattr(writing, "_STALL_SECONDS", PATIENT)
     store, tier = full
     hashes = chain(12)
@@ -64,7 +61,7 @@ def test_blocks_wait_for_a_local_tier_that_makes_progress(full, monkeypatch):
     assert "disk_dropped_blocks" not in store.stats()
 
 
-def test_nothing_waits_for_a_local_tier_that_stands_still(full, monkeypatch):
+def test_nothing_waits_for_a_tier_that_stands_still(full, monkeypatch):
     monkeypatch.setattr(writing, "_STALL_SECONDS", 0.02)
     store, _ = full
     save(store, chain(12))

@@ -26,6 +26,8 @@ from kvtier.tiers.s3.packer import Packer
 _PUBLISH_SECONDS = 1.0
 """One index segment lists the packs of about this long."""
 _SHORTEST_PAUSE = 0.01
+_PATIENCE_SECONDS = 5.0
+"""A bucket to which nothing was uploaded for so long is not waited for."""
 _RETRY_SECONDS = (0.2, 10.0)
 _MAX_ODD_FAILURES = 5
 _SALT_BYTES = 8
@@ -57,8 +59,9 @@ class Uploader:
     """Takes blocks, gathers them into packs, uploads these and publishes them in index segments.
 
     What waits is bounded in bytes. While the bucket does not answer, the oldest packs make room for new
-    blocks; while it is merely slow, new blocks are refused. Uploads begin once `start` says that the index
-    is loaded, so that nothing is uploaded that the bucket already has.
+    blocks; while it is merely slow, who writes waits for room, and blocks are refused when none comes.
+    Uploads begin once `start` says that the index is loaded, so that nothing is uploaded that the bucket
+    already has.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Uploader:
         self._started = False
         self._closed = False
         self._pending_bytes = 0
+        self._progress = 0.0
         self._pending: set[bytes] = set()
         self._packer = Packer(window_blocks, lambda block: block in self._pending or block in self._index)
         self._jobs: dict[PackJob, None] = {}
@@ -134,14 +138,20 @@ class Uploader:
             self._changed.notify_all()
 
     def write(self, blocks: Sequence[StoredBlock]) -> int:
-        """Take blocks over; see `Tier.write`."""
+        """Take blocks over, waiting for a bucket that is slow; see `Tier.write`.
+
+        A prompt is encoded faster than most buckets take it. Without the blocks that are refused in the
+        middle, those behind them are worth nothing.
+        """
         taken = 0
         with self._changed:
             for block in blocks:
-                if block.hash in self._pending or block.hash in self._index:
+                if self._knows(block):
                     taken += 1
                 elif self._is_sound(block) and self._make_room(len(block.payload)):
-                    self._take(block)
+                    # Others may have brought it while this waited for room.
+                    if not self._knows(block):
+                        self._take(block)
                     taken += 1
             self._changed.notify_all()
         if taken < len(blocks):
@@ -177,6 +187,9 @@ class Uploader:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _knows(self, block: StoredBlock) -> bool:
+        return block.hash in self._pending or block.hash in self._index
+
     def _is_sound(self, block: StoredBlock) -> bool:
         return (
             not self._closed
@@ -187,16 +200,25 @@ class Uploader:
 
     def _make_room(self, size: int) -> bool:
         while self._pending_bytes + size > self._pending_limit:
-            stalled = self._health.breaker.is_open or not self._started
-            oldest = next((job for job in self._jobs if not job.running), None)
-            if not stalled or oldest is None:
+            if self._health.breaker.is_open or not self._started:
+                oldest = next((job for job in self._jobs if not job.running), None)
+                if oldest is None:
+                    return False
+                self._drop(oldest)
+                continue
+            left = self._progress + _PATIENCE_SECONDS - time.monotonic()
+            if self._closed or left <= 0:
                 return False
-            self._drop(oldest)
+            # Who uploads has to hear of what was taken so far.
+            self._changed.notify_all()
+            self._changed.wait(left)
         return True
 
     def _take(self, block: StoredBlock) -> None:
         # The caller's buffer may be reused once `write` returns.
         payload = block.payload if isinstance(block.payload, bytes) else bytes(block.payload)
+        if not self._pending_bytes:
+            self._progress = time.monotonic()
         self._pending.add(block.hash)
         self._pending_bytes += len(payload)
         complete = self._packer.add(replace(block, payload=payload), time.monotonic())
@@ -320,6 +342,7 @@ class Uploader:
     def _finish(self, job: PackJob) -> None:
         del self._jobs[job]
         self._pending_bytes -= job.size
+        self._progress = time.monotonic()
         self._pending.difference_update(block.hash for block in job.blocks)
 
     def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
