@@ -53,10 +53,10 @@ class Connector:
             raise BucketTimeout(f"{where}: no connection within {self._timeout:g} s") from error
         except (socket.gaierror, UnicodeError) as error:
             raise TierUnavailable(
-                f"{where}: {error}; check the endpoint (s3: endpoint) and the name service"
+                f"{where}: {error}; check the endpoint (s3.endpoint) and the name service"
             ) from error
         except (OSError, ConnectionLost) as error:
-            raise TierUnavailable(f"{where}: {error}") from error
+            raise TierUnavailable(f"{where}: {error}; check the endpoint (s3.endpoint), and that the server runs") from error
 
     def close(self) -> None:
         """Look no more names up."""

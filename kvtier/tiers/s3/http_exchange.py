@@ -215,7 +215,7 @@ class Exchange:
                     self._address = moved
             address = moved
         raise AccessDenied(
-            f"{method} {key}: redirected in a circle; check region and endpoint (s3: region, endpoint)"
+            f"{method} {key}: redirected in a circle; check region and endpoint (s3.region, s3.endpoint)"
         )
 
     async def _ask(
