@@ -56,7 +56,9 @@ class Connector:
                 f"{where}: {error}; check the endpoint (s3.endpoint) and the name service"
             ) from error
         except (OSError, ConnectionLost) as error:
-            raise TierUnavailable(f"{where}: {error}; check the endpoint (s3.endpoint), and that the server runs") from error
+            raise TierUnavailable(
+                f"{where}: {error}; check the endpoint (s3.endpoint), and that the server runs"
+            ) from error
 
     def close(self) -> None:
         """Look no more names up."""
