@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, opened_bucket
@@ -69,16 +68,25 @@ def _set_upload_rule(config: S3Config) -> dict[str, Any]:
 
 
 def _show(config: S3Config, report: dict[str, Any]) -> None:
-    console = Console()
     place = f"{config.bucket} at {config.endpoint or 'AWS'}, below {config.prefix}/"
-    table = Table("what", "for", "works", "", title=place)
-    for check in report["checks"]:
-        works = "yes" if check["ok"] else "NO" if check["needed"] else "no"
-        table.add_row(check["name"], check["purpose"], works, escape(check["detail"]))
+    table = Table("what", "for", "works", title=place)
     rule = report["aborted_uploads"]
-    works = "yes" if rule["ok"] else "no"
-    table.add_row("rule for aborted uploads", "pay for nothing unfinished", works, escape(rule["detail"]))
-    console.print(table)
+    upload_rule = {
+        "name": "rule for aborted uploads",
+        "purpose": "pay for nothing unfinished",
+        "needed": False,
+        **rule,
+    }
+    details: dict[str, list[str]] = {}
+    for check in [*report["checks"], upload_rule]:
+        works = "yes" if check["ok"] else "NO" if check["needed"] else "no"
+        table.add_row(check["name"], check["purpose"], works)
+        if check["detail"]:
+            details.setdefault(check["detail"], []).append(check["name"])
+    Console().print(table)
+    for detail, names in details.items():
+        # Unlike rich's own, this output is not wrapped: it may be copied.
+        typer.echo(f"{', '.join(names)}: {detail}")
     usable = "The bucket can be used." if report["usable"] else "The bucket cannot be used as it is."
-    console.print(f"{usable} The smallest IAM policy that suffices:")
+    typer.echo(f"{usable} The smallest IAM policy that suffices:")
     typer.echo(json.dumps(report["policy"], indent=2))
