@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_engines import TOKENS_PER_BLOCK, Bench, Run, Text, ask, count, saved, text_tokens
+from gpu_engines import TOKENS_PER_BLOCK, Bench, Run, Text, ask, count, saved, text_tokens, wait_until_written
 from gpu_report import Report
 from s3_server import FastServer
 
@@ -125,16 +125,19 @@ def from_below(
     bench: Bench, name: str, tiers: dict[str, Any], lengths: Sequence[int], report: Report
 ) -> None:
     """Measure prompts that an engine before this one has written to a lower tier, with an empty arena."""
-    # Blocks that wait for their encoder may take half of the arena; the rest would not be written.
-    tiers = {**bench.memory(3), "lookup_wait": "10s", **tiers}
+    # While more than a quarter of the arena waits to be written, no slow tier is waited for.
+    tiers = {**bench.memory(5), "lookup_wait": "10s", **tiers}
     prompts = {length: bench.prompt(length) for length in lengths}
     first = bench.prompt(lengths[0])
     with bench.engine(tiers) as engine:
         started = time.perf_counter()
         before = count(engine)
-        ask(engine, first)
-        cold = {length: ask(engine, prompt) for length, prompt in prompts.items()}
-        assert saved(engine, before + sum(length // TOKENS_PER_BLOCK for length in (lengths[0], *lengths)))
+        cold = {}
+        for prompt in (first, *prompts.values()):
+            cold[len(prompt)] = ask(engine, prompt)
+            before += len(prompt) // TOKENS_PER_BLOCK
+            assert saved(engine, before)
+            wait_until_written(engine)
     print(f"{name}: written in {time.perf_counter() - started:.1f} s", flush=True)
     with bench.engine(tiers) as engine:
         # The index of the bucket is read in the background, and connections are made.

@@ -173,6 +173,16 @@ def saved(engine: Engine, blocks: int, timeout: float = 10.0) -> bool:
     return True
 
 
+def wait_until_written(engine: Engine, timeout: float = 120.0) -> None:
+    """Wait until all that was saved is in the lower tiers."""
+    pending = ("store_encoding_blocks", "store_queued_bytes", "store_s3_pending_bytes")
+    deadline = time.monotonic() + timeout
+    while any(engine.connector.leader.stats().get(name) for name in pending):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not written after {timeout:g} s")
+        time.sleep(0.01)
+
+
 class Text(Bench):
     """Prompts are stretches of text."""
 

@@ -110,28 +110,28 @@ def transfers(count: int) -> dict[str, Any]:
         }
         for name, times in seconds.items()
     }
-    result["kernels alone"] = kernels_alone(planes, page_map, pages)
+    result["kernels alone"] = kernels_alone(planes, pages)
     for registration in pinned:
         if registration is not None:
             registration.unpin()
     return result
 
 
-def kernels_alone(planes: CudaPlanes, page_map: PageMap, pages: list[tuple[int]]) -> dict[str, float]:
+def kernels_alone(planes: CudaPlanes, pages: list[tuple[int]]) -> dict[str, float]:
     room = planes._loads
     count = len(room.slots)
-    place = planes._places(page_map.starts(pages[:count]), room.slots)
     result = {}
-    for name, launch in (("split", planes._planes.split), ("merge", planes._planes.merge)):
-        times = []
-        for _ in range(ROUNDS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            launch(room.slots, room.slots, place)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        result[name] = round(count * LAYOUT.block_bytes / statistics.median(times) / 1e9, 1)
+    with planes._places(pages[:count], room, torch.cuda.current_stream()) as place:
+        for name, launch in (("split", planes._planes.split), ("merge", planes._planes.merge)):
+            times = []
+            for _ in range(ROUNDS):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                launch(room.slots, room.slots, place)
+                end.record()
+                torch.cuda.synchronize()
+                times.append(begin.elapsed_time(end) / 1e3)
+            result[name] = round(count * LAYOUT.block_bytes / statistics.median(times) / 1e9, 1)
     return result
 
 
