@@ -58,8 +58,7 @@ class Connector:
     Attributes:
         leader: The instance of the leader class.
         worker: Rank 0's instance of the worker class.
-        metadata_bytes: Size of the last pickled metadata.
-        max_metadata_bytes: Size of the largest.
+        max_metadata_bytes: Size of the largest pickled metadata.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Connector:
         self._views: dict[int, RequestView] = {}
         self._loading = _Transfers(config.tensor_parallel_size)
         self._saving = _Transfers(config.tensor_parallel_size)
-        self.metadata_bytes = self.max_metadata_bytes = 0
+        self.max_metadata_bytes = 0
         with ThreadPoolExecutor(2) as pool:
             leader = pool.submit(leader_class, llm_args)
             worker = pool.submit(worker_class, llm_args)
@@ -127,7 +126,6 @@ class Connector:
     def begin_batch(self, output: Any) -> None:
         """Have the metadata built, send it through pickle to all workers, and let them start loading."""
         data = pickle.dumps(self.leader.build_connector_meta(output))
-        self.metadata_bytes = len(data)
         self.max_metadata_bytes = max(self.max_metadata_bytes, len(data))
         self._ranks.begin(data)
 

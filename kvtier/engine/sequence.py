@@ -60,11 +60,6 @@ class Sequence:
         """The output so far."""
         return self.tokens[len(self.request.prompt) :]
 
-    @property
-    def last_chunk(self) -> bool:
-        """Whether the coming chunk ends the prompt."""
-        return self.position + self.chunk >= self.prompt_len
-
     def pages(self, group: int) -> list[int]:
         """Return the page of each block in one group, -1 where there is none any more."""
         passed = self.passed[group]
