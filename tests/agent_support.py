@@ -175,9 +175,9 @@ def store_of(agent: AgentThread) -> TieredStore:
     return opened.store
 
 
-def eventually(condition: Callable[[], object], what: str = "") -> None:
+def eventually(condition: Callable[[], object], what: str = "", seconds: float = 60.0) -> None:
     """Wait for a condition that comes true by itself; it has a minute, which only a defect needs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.01)

@@ -15,6 +15,7 @@ import zmq
 from kvtier._logging import log_once
 from kvtier.agent import wire
 from kvtier.agent.door import check_peer, receive_frame
+from kvtier.agent.forks import close_in_children
 from kvtier.agent.mapping import Mappings
 from kvtier.agent.place import check_directory
 
@@ -47,6 +48,7 @@ class Connection:
         self.epoch = attached.epoch
         self.session = attached.session
         self.door = door
+        close_in_children(door)
         self._desk = desk
         self._readable, self._writable = zmq.Poller(), zmq.Poller()
         self._readable.register(desk, zmq.POLLIN)

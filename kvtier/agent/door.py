@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,22 +17,24 @@ from kvtier._counters import Counters
 from kvtier._logging import log_once
 from kvtier._workers import Workers
 from kvtier.agent import wire
+from kvtier.agent.place import identity, remove_own
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.agent.stores import Stores
 from kvtier.codec import SlotForm
-from kvtier.errors import KvTierError
 from kvtier.hashing import Namespace
 from kvtier.layout import BlockLayout
 
 _log = logging.getLogger(__name__)
 
-GREETERS = 4
-"""Clients that are let in at the same time; a store that is opened for one takes its time."""
+GREETERS = 16
+"""Clients that are let in at the same time; a store that is opened for the ranks of one takes its time."""
 
 HELLO_SECONDS = 5.0
 """Time that a client has to say what it wants."""
 
 _BACKLOG = 64
+_LEAST_SECONDS = 0.001
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -67,26 +72,28 @@ class Door:
         self._socket.setblocking(False)
         self._socket.bind(str(path))
         self._socket.listen(_BACKLOG)
+        self._file = identity(path)
         self._greeters = Workers("greet", GREETERS)
 
     def fileno(self) -> int:
         """Return the descriptor to poll for clients that come."""
         return self._socket.fileno()
 
-    def accept(self) -> None:
-        """Take one client in, if there is one, and have it greeted."""
+    def accept(self) -> bool:
+        """Take one client in, if there is one, and have it greeted; False if none can be for the moment."""
         try:
             connection, _ = self._socket.accept()
-        except OSError:
-            # It left already, or this process is out of descriptors for now.
+        except OSError as error:
             self._counters.add("failed_accepts")
-            return
+            return error.errno not in _EXHAUSTED
         self._greeters.run(lambda: self._greet(connection))
+        return True
 
     def close(self) -> None:
         """Stop listening; who has been let in stays."""
+        # While the socket is open, nobody else's file can look like it.
+        remove_own(self._path, self._file)
         self._socket.close()
-        self._path.unlink(missing_ok=True)
         self._greeters.close()
 
     def _greet(self, connection: socket.socket) -> None:
@@ -96,7 +103,7 @@ class Door:
             check_peer(connection)
             attach = wire.decode_attach(payload)
             session = self._attach(connection, attach)
-        except (wire.WireError, KvTierError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it sent, it is told, and others are served
             self._counters.add("refused_clients")
             log_once(_log, type(error).__name__, "a client was refused: %s", error)
             if isinstance(error, wire.VersionMismatch) and self._make_room():
@@ -140,6 +147,8 @@ def check_peer(connection: socket.socket) -> None:
 def receive_frame(connection: socket.socket, start: bytes = b"") -> bytes:
     """Receive one frame, of whose header the bytes `start` are here already, and return its payload.
 
+    Header and payload have the connection's timeout each, however small the pieces that they come in.
+
     Raises:
         WireError: What came is none.
         OSError: The connection ended or timed out.
@@ -160,11 +169,18 @@ def refuse(connection: socket.socket, reason: str) -> None:
 
 def _receive(connection: socket.socket, length: int) -> bytes:
     data = bytearray()
+    timeout = connection.gettimeout()
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     while len(data) < length:
+        if timeout is not None:
+            connection.settimeout(max(deadline - time.monotonic(), _LEAST_SECONDS))
         part = connection.recv(length - len(data))
         if not part:
             raise ConnectionResetError("the other side closed the connection")
         data += part
+        if time.monotonic() > deadline:
+            raise TimeoutError("the other side sends too slowly")
+    connection.settimeout(timeout)
     return bytes(data)
 
 
@@ -185,6 +201,8 @@ def _identify(attach: wire.Attach) -> tuple[Namespace, BlockLayout]:
         layout = BlockLayout(**attach.layout)  # type: ignore[arg-type]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise wire.WireError(f"no namespace and layout: {error}") from error
+    if max(attach.ranks, layout.shards) > wire.MAX_RANKS:
+        raise wire.WireError(f"{attach.ranks} ranks and {layout.shards} shards, of {wire.MAX_RANKS} at most")
     if namespace.id != attach.namespace:
         raise wire.WireError("the namespace's id does not follow from its facts: other versions of kvtier?")
     return namespace, layout

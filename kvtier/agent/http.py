@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -20,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 STALE_SECONDS = 5.0
 """An agent whose loop has not come round for so long is not alive."""
+
+MAX_REQUESTS = 16
+"""Connections at a time; those beyond are closed at once."""
 
 _REQUEST_SECONDS = 5.0
 
@@ -82,7 +86,22 @@ class _Server(ThreadingHTTPServer):
         self.agent = agent
         self.registry = CollectorRegistry()
         self.registry.register(_AgentCollector(agent))
+        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
         super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a request answered by a thread, if not too many are: anybody on this machine may connect."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a request."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
 
 class HealthServer:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvtier.agent.forks import close_in_children
 from kvtier.agent.place import LOG, make_directory, take_lock
 from kvtier.config import Config
 
@@ -29,6 +30,9 @@ def launch(config: Config, directory: Path) -> bool:
     lock = take_lock(directory)
     if lock is None:
         return False
+    # An object that closes the descriptor, here and in children that are forked meanwhile.
+    holder = os.fdopen(lock, "r+")
+    close_in_children(holder)
     try:
         log = directory / LOG
         if log.exists():
@@ -46,7 +50,7 @@ def launch(config: Config, directory: Path) -> bool:
     except subprocess.CalledProcessError as error:
         raise OSError(f"the agent did not start: exit code {error.returncode}, see {log}") from error
     finally:
-        os.close(lock)
+        holder.close()
     return True
 
 

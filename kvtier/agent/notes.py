@@ -10,6 +10,8 @@ MAX_NOTES = 1024
 """An engine that leaves more than that unread loses the oldest."""
 
 MAX_NOTE_BYTES = 64 << 10
+MAX_NOTE_TICKETS = 8192
+"""More than can be told in so many bytes."""
 
 NOTE_SECONDS = 60.0
 """Ranks fetch a note in the engine's next iteration, or never."""
@@ -46,7 +48,7 @@ class Notes:
 
     def leave(self, key: int, data: bytes, readers: set[int], tickets: Sequence[int]) -> bool:
         """Leave a note, in place of one with this number; False if it is too long."""
-        if len(data) > MAX_NOTE_BYTES:
+        if len(data) > MAX_NOTE_BYTES or len(tickets) > MAX_NOTE_TICKETS:
             return False
         self._drop(key)
         self._notes[key] = _Note(data, tickets, set(readers), self._clock())

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import stat
 from pathlib import Path
 
+from kvtier._logging import log_once
 from kvtier.config import Config
 from kvtier.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 LOCK = "lock"
 LOG = "log"
@@ -80,6 +84,36 @@ def take_lock(directory: Path) -> int | None:
         os.close(fd)
         raise
     return fd
+
+
+def keep(directory: Path) -> int | None:
+    """Keep those away who clean up what has not been touched for long, such as systemd-tmpfiles.
+
+    Returns:
+        A descriptor that does so until it is closed; None where that cannot be had.
+    """
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        log_once(_log, "keep", "%s: may be cleaned up when it is old: %s", directory, error)
+        return None
+    return fd
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from all others as long as it is in use; None if there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def remove_own(path: Path, known: tuple[int, int] | None) -> None:
+    """Remove a file if it is still the one that `identity` told, and not another agent's."""
+    if known is not None and identity(path) == known:
+        path.unlink(missing_ok=True)
 
 
 def _check_owner(directory: Path) -> os.stat_result:

@@ -13,7 +13,16 @@ from pathlib import Path
 import kvtier.codec.native
 import kvtier.codec.nibble_codec  # noqa: F401
 from kvtier.agent.http import HealthServer
-from kvtier.agent.place import HTTP, agent_directory, make_directory, take_lock
+from kvtier.agent.place import (
+    HTTP,
+    LOCK,
+    agent_directory,
+    identity,
+    keep,
+    make_directory,
+    remove_own,
+    take_lock,
+)
 from kvtier.agent.room import ask_for_room
 from kvtier.agent.server import Agent
 from kvtier.agent.stores import Stores
@@ -43,11 +52,15 @@ def serve(config: Config, *, lock: int | None = None, linger: float | None = Non
     try:
         if lock is None and (lock := take_lock(directory)) is None:
             raise ConfigError(f"{directory}: an agent runs here already, or has not ended yet")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot hold the agent's files: {error.strerror}") from error
+    kept = keep(directory)
+    try:
         # For people, and for tests that kill it.
         os.truncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except OSError as error:
-        raise ConfigError(f"{directory}: cannot hold the agent's files: {error.strerror}") from error
+        _log.warning("%s does not tell the agent's process: %s", directory / LOCK, error.strerror)
     if config.agent.directory is None:
         ask_for_room(directory, config.flush_timeout)
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -75,12 +88,15 @@ def serve(config: Config, *, lock: int | None = None, linger: float | None = Non
     except OSError as error:
         # It serves all the same: `kvtier status` does not find it, unless agent.http says where it is.
         _log.warning("%s cannot be written: %s", directory / HTTP, error.strerror)
+    address = identity(directory / HTTP)
     _log.info("the agent serves in %s, health on http://%s", directory, health.address)
     agent.run(config.flush_timeout)
     health.close()
-    (directory / HTTP).unlink(missing_ok=True)
+    remove_own(directory / HTTP, address)
     _log.info("the agent has ended")
-    os.close(lock)
+    for fd in (kept, lock):
+        if fd is not None:
+            os.close(fd)
 
 
 def _write(path: Path, text: str) -> None:

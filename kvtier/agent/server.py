@@ -19,13 +19,14 @@ from kvtier._workers import Workers
 from kvtier.agent import wire
 from kvtier.agent.desk import Desk
 from kvtier.agent.door import Door
+from kvtier.agent.place import identity, remove_own
 from kvtier.agent.sessions import Session, Sessions
 from kvtier.agent.stores import Stores
 
 _log = logging.getLogger(__name__)
 
 WAITERS = 16
-"""Lookups that may wait at the same time; a client has one at a time. Those beyond are not waited for."""
+"""Lookups and flushes that may wait at the same time; a client has one at a time. Others do not wait."""
 
 TICK_SECONDS = 0.25
 """Time between two looks at what no message announces."""
@@ -75,6 +76,7 @@ class Agent:
             self._router.bind(f"ipc://{directory / wire.DESK}")
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from error
+        self._file = identity(directory / wire.DESK)
         self._arrivals: queue.SimpleQueue[Session] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
         self._wake, self._bell = socket.socketpair()
@@ -83,7 +85,8 @@ class Agent:
         self._connections: dict[int, Session] = {}
         self._waiters = Workers("wait", WAITERS)
         self._waiting = 0
-        self._stopping = threading.Event()
+        # No `Event`: a signal may come while its lock is held, and the handler would wait for itself.
+        self._stopping = False
         # Last: from here on clients come in.
         path = directory / wire.DOOR
         self._door = Door(path, stores, self.sessions, self._arrive, self.counters, self._leave)
@@ -91,11 +94,11 @@ class Agent:
     @property
     def stopping(self) -> bool:
         """Whether the agent takes no more clients."""
-        return self._stopping.is_set()
+        return self._stopping
 
     def stop(self) -> None:
         """Make `run` return soon; may be called from any thread and from a signal handler."""
-        self._stopping.set()
+        self._stopping = True
         self._rouse()
 
     def run(self, flush_timeout: float) -> None:
@@ -103,7 +106,7 @@ class Agent:
 
         While it flushes, lookups are misses and nothing new is reserved, but commits are taken.
         """
-        self._serve(self._stopping.is_set)
+        self._serve(lambda: self._stopping)
         self._door.close()
         flushed = threading.Event()
 
@@ -134,7 +137,8 @@ class Agent:
         poller.register(self._wake.fileno(), zmq.POLLIN)
         for fd in self._connections:
             poller.register(fd, zmq.POLLIN)
-        listening = not self._stopping.is_set()
+        listening = not self._stopping
+        deaf = False
         if listening:
             poller.register(self._door.fileno(), zmq.POLLIN)
         next_tick = alone_since = time.monotonic()
@@ -145,18 +149,22 @@ class Agent:
                 self._woken(poller)
             if self._router in events:
                 self._answer_some()
-            if listening and self._door.fileno() in events:
-                self._door.accept()
+            if listening and self._door.fileno() in events and not self._door.accept():
+                poller.unregister(self._door.fileno())
+                deaf = True
             for fd in events.keys() & self._connections.keys():
                 self._listen(fd, poller)
             if now >= next_tick:
                 next_tick = now + TICK_SECONDS
                 self.stores.tend()
                 self.sessions.tend()
+                if deaf:
+                    poller.register(self._door.fileno(), zmq.POLLIN)
+                    deaf = False
             if len(self.sessions):
                 alone_since = now
             elif self._linger is not None and now - alone_since >= self._linger:
-                self._stopping.set()
+                self._stopping = True
 
     def _answer_some(self) -> None:
         for _ in range(_MESSAGES_A_ROUND):
@@ -178,8 +186,12 @@ class Agent:
             raise wire.WireError(f"a message of {len(parts)} parts")
         identity, data = parts
         session, request = self._desk.admit(data)
-        if self._waiting >= WAITERS and isinstance(request, wire.MatchBlocks):
-            request.wait = 0.0
+        if self._waiting >= WAITERS:
+            if isinstance(request, wire.MatchBlocks):
+                request.wait = 0.0
+            elif isinstance(request, wire.Flush):
+                self._reply(identity, wire.encode(wire.Done(request.id, False)))
+                return
         try:
             answer = self._desk.answer(session, request)
         except Exception:
@@ -246,7 +258,7 @@ class Agent:
             self._bell.send(b"!")
 
     def _close(self) -> None:
-        (self.directory / wire.DESK).unlink(missing_ok=True)
+        remove_own(self.directory / wire.DESK, self._file)
         self._waiters.close()
         self._router.close()
         self._context.term()

@@ -107,12 +107,15 @@ class Stores:
             ConfigError: The memory is too small, a tier cannot be opened as configured, or the agent ends.
         """
         key = (namespace.id, layout)
+        # Without waiting for one that is being opened.
+        known = self._join_known(key)
+        if known is not None:
+            return known
         with self._opening:
+            known = self._join_known(key)
+            if known is not None:
+                return known
             with self._lock:
-                known = self._open.get(key)
-                if known is not None and not self._closed:
-                    known.users += 1
-                    return known
                 form = slot_form(layout, self._slot_format)
                 self._check_room(form)
             memory = MemoryTier.within(self.memory, form.slot_bytes)
@@ -129,6 +132,13 @@ class Stores:
                 self._share_out()
         _log.info("opened the store of namespace %s with %d slots", namespace.hex, memory.slots)
         return opened
+
+    def _join_known(self, key: tuple[bytes, BlockLayout]) -> OpenStore | None:
+        with self._lock:
+            known = self._open.get(key)
+            if known is not None:
+                known.users += 1
+            return known
 
     def leave(self, opened: OpenStore) -> None:
         """Count one client less; the store stays open."""

@@ -36,6 +36,9 @@ MAX_FRAME_BYTES = 1 << 20
 MAX_BLOCKS = 1 << 17
 """Blocks in one request: 4 million tokens in blocks of 32."""
 
+MAX_RANKS = 1024
+"""Processes of one engine on one node, and shards of one block."""
+
 MAX_WAIT_SECONDS = 60.0
 NO_TICKET = 0xFFFFFFFFFFFFFFFF
 

@@ -91,6 +91,14 @@ def test_nothing_is_saved_from_pages_that_a_paused_request_had(rig, answers, tol
     assert rig.matched([*PROMPT, 1]) == 5 * SIZE
 
 
+def test_a_paused_request_gives_back_what_it_was_not_answered(rig, answers):
+    request = FakeRequest(1, [*PROMPT, 7])
+    rig.prefill(request, PAGES)
+    assert rig.leftovers()["filling"] == 5
+    rig.leader.request_reset(request)
+    assert rig.leftovers()["filling"] == 0
+
+
 def test_nor_from_those_that_a_request_had_which_ends_before_it_runs_again(rig, answers):
     request = FakeRequest(1, [*PROMPT, 7])
     rig.prefill(request, PAGES)

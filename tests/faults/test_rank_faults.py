@@ -71,7 +71,12 @@ class Schedule:
         self.known = self._requests(4)
         self.agent = AgentProcess(place)
         self.engine = EngineProcess(ranks)
-        self.settle()
+        try:
+            # The first agent of an installation compiles its kernels.
+            self.settle(seconds=300)
+        except BaseException:
+            self.close()
+            raise
         # What a fresh agent and a fresh engine hold, and this process with them.
         self.least = self.engine.holdings()
         self.least_agent = self.agent_holding()
@@ -123,7 +128,7 @@ class Schedule:
         self.settle()
         self.check()
 
-    def settle(self) -> None:
+    def settle(self, seconds: float = 60.0) -> None:
         """Wait until the engine is served from its agent again, with right answers."""
 
         def served() -> bool:
@@ -134,7 +139,7 @@ class Schedule:
             ]
             return self.engine.ask("loaded") > before
 
-        eventually(served, "the engine loads")
+        eventually(served, "the engine loads", seconds)
 
     def agent_holding(self) -> Holding:
         """Return what the agent holds; threads and files of the disk come by and by, up to a bound."""
@@ -191,7 +196,7 @@ def same(count: Callable[[], object], least: object) -> None:
         assert last[0] == least
 
 
-@pytest.mark.timeout(180 + 20 * ROUNDS)
+@pytest.mark.timeout(480 + 20 * ROUNDS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_whoever_is_killed_or_stopped_the_tokens_are_right_and_nothing_is_left(place, ranks):
     with closing(Schedule(place, ranks, f"{SEED} {ranks}")) as schedule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client as http_client
+import socket
 import urllib.error
 import urllib.request
 
@@ -9,7 +11,7 @@ import pytest
 
 from kvtier.agent import http
 from kvtier.agent.http import HealthServer
-from tests.agent_support import namespace_of
+from tests.agent_support import eventually, namespace_of
 from tests.store_support import chain, save
 
 
@@ -49,6 +51,25 @@ class TestHealth:
         assert get("/healthz")[0] == 503
         assert get("/readyz")[0] == 503
 
+    def test_connections_that_say_nothing_are_bounded(self, agent, monkeypatch):
+        monkeypatch.setattr(http, "MAX_REQUESTS", 3)
+        server = HealthServer(agent.agent, None)
+        host, port = server.address.split(":")
+        silent = [socket.create_connection((host, int(port))) for _ in range(3)]
+
+        def answered():
+            try:
+                with urllib.request.urlopen(f"http://{server.address}/healthz", timeout=30) as answer:
+                    return answer.status == 200
+            except (OSError, http_client.HTTPException):
+                return False
+
+        eventually(lambda: not answered(), "there are too many")
+        for one in silent:
+            one.close()
+        eventually(answered, "there is room again")
+        server.close()
+
     def test_an_agent_that_ends_is_alive_and_not_ready(self, agent, get):
-        agent.agent._stopping.set()
+        agent.agent._stopping = True
         assert get("/readyz")[0] == 503

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -17,6 +18,8 @@ from tests.store_support import LAYOUT, ROOT, chain, save
 
 HEADER = b"kvtA" + wire.PROTOCOL_VERSION.to_bytes(4, "little")
 """What a frame begins with, but for its length."""
+
+MANY_SHARDS = {**LAYOUT.describe(), "row_elements": 1, "shards": 1 << 20}
 
 FORM = ("raw", LAYOUT.block_bytes)
 """The format and size of a slot, as a handshake names them."""
@@ -114,8 +117,10 @@ class TestHostility:
             wire.frame(wire.Attach(b"{}", bytes(16), {"layers": 2**62}, "g", 0, 1, "raw", 1, False)),
             wire.frame(wire.Attach(b"{}", namespace_of().id, LAYOUT.describe(), "g", 5, 1, *FORM, False)),
             HEADER + b"\x05\x00\x00\x00" + b"\xc1" * 5,
+            wire.frame(wire.Attach(b"{}", bytes(16), MANY_SHARDS, "g", 0, 1, *FORM, False)),
+            wire.frame(wire.Attach(b"{}", bytes(16), LAYOUT.describe(), "g", 0, 2**40, *FORM, False)),
         ],
-        ids=range(10),
+        ids=range(12),
     )
     def test_clients_that_are_none_are_refused(self, place, agent, hello):
         with socket.socket(socket.AF_UNIX) as caller:
@@ -142,6 +147,57 @@ class TestHostility:
         place.connect().close(1)
         for caller in silent:
             caller.close()
+
+    def test_a_client_that_talks_slowly_is_not_listened_to_for_ever(self, place, agent, monkeypatch):
+        monkeypatch.setattr(door, "HELLO_SECONDS", 0.1)
+        ended = threading.Event()
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(place.directory / wire.DOOR))
+            caller.sendall(HEADER + (1 << 20).to_bytes(4, "little"))
+
+            def talk():
+                with suppress(OSError):
+                    while not ended.wait(0.01):
+                        caller.send(b".")
+
+            thread = threading.Thread(target=talk)
+            thread.start()
+            eventually(lambda: agent.agent.counters.snapshot().get("refused_clients") == 1)
+            ended.set()
+            thread.join(30)
+
+    def test_a_client_is_told_also_of_what_nobody_thought_of(self, place, agent, monkeypatch, caplog):
+        defect = ZeroDivisionError("a defect")
+        monkeypatch.setattr(agent.stores, "join", lambda *arguments: (_ for _ in ()).throw(defect))
+        client = place.connect(wait=0)
+        eventually(lambda: "it refuses: a defect" in caplog.text)
+        assert not client.connected
+        monkeypatch.undo()
+        assert client.wait_connected(60)
+        client.close(1)
+
+    def test_without_descriptors_the_agent_does_not_turn_in_circles(self, place, agent, monkeypatch):
+        client = place.connect()
+        tries, rounds = [0], [0]
+
+        class Exhausted:
+            def accept(self):
+                tries[0] += 1
+                raise OSError(errno.EMFILE, "too many open files")
+
+        tend = agent.stores.tend
+        listener = agent.agent._door._socket
+        monkeypatch.setattr(agent.stores, "tend", lambda: (tend(), rounds.__setitem__(0, rounds[0] + 1)))
+        monkeypatch.setattr(Exhausted, "fileno", lambda self: listener.fileno(), raising=False)
+        monkeypatch.setattr(agent.agent._door, "_socket", Exhausted())
+        late = place.connect(wait=0)
+        eventually(lambda: rounds[0] > 3 and tries[0])
+        assert save(client, chain(2)) == 2
+        assert tries[0] <= rounds[0] + 1
+        monkeypatch.setattr(agent.agent._door, "_socket", listener)
+        assert late.wait_connected(60)
+        late.close(1)
+        client.close(1)
 
     def test_another_user_is_refused(self, place, agent, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)

@@ -244,6 +244,27 @@ class TestStores:
         stores.tend()
         assert self.slots(kept) == 24
 
+    def test_who_comes_back_does_not_wait_for_one_that_is_being_opened(self, now):
+        gate, opening = threading.Event(), threading.Event()
+
+        def open_tiers(namespace, layout):
+            if namespace == namespace_of(model="slow"):
+                opening.set()
+                gate.wait(60)
+            return []
+
+        stores = Stores(24 * 4096, open_tiers, clock=lambda: now[0])
+        known = stores.join(namespace_of(), LAYOUT)
+        thread = threading.Thread(target=lambda: stores.join(namespace_of(model="slow"), LAYOUT))
+        thread.start()
+        assert opening.wait(60)
+        assert stores.join(namespace_of(), LAYOUT) is known
+        assert thread.is_alive()
+        gate.set()
+        thread.join(60)
+        assert len(stores.open_stores()) == 2
+        stores.close(5)
+
     def test_memory_that_holds_no_block_for_each_is_said(self, stores):
         stores.join(namespace_of(WIDE, a=1), WIDE)
         stores.join(namespace_of(a=2), LAYOUT)

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from kvtier.agent.client import Deadlines
-from kvtier.agent.notes import MAX_NOTE_BYTES, MAX_NOTES, NOTE_SECONDS, Notes
+from kvtier.agent.notes import MAX_NOTE_BYTES, MAX_NOTE_TICKETS, MAX_NOTES, NOTE_SECONDS, Notes
 from kvtier.trtllm.meta import Save, decode_saves, encode_saves
 from tests.agent_support import TWO_SHARDS, AgentThread, eventually
 from tests.store_support import ROOT, chain
@@ -46,6 +46,13 @@ def test_notes_are_bounded_and_those_dropped_are_given_up(notes, given_up):
     assert notes.fetch(0, 1) == (b"", ())
     assert notes.fetch(1, 1) == (b"text", [1])
     assert given_up == [((0,), 1)]
+
+
+def test_a_note_about_too_much_is_not_taken(notes, given_up):
+    assert not notes.leave(1, b"note", {1}, range(MAX_NOTE_TICKETS + 1))
+    assert not notes.leave(2, bytes(MAX_NOTE_BYTES + 1), {1}, [1])
+    assert notes.leave(3, bytes(MAX_NOTE_BYTES), {1}, range(MAX_NOTE_TICKETS))
+    assert (len(notes), given_up) == (1, [])
 
 
 def test_who_does_not_read_a_note_in_time_gives_its_tickets_up_and_never_gets_them(notes, given_up, now):

@@ -86,6 +86,28 @@ class TestWaiting:
             first.close(1)
             second.close(1)
 
+    def test_engines_that_wait_for_the_disk_at_their_end_leave_lookups_their_turn(self, place, monkeypatch):
+        monkeypatch.setattr("kvtier.agent.server.WAITERS", 1)
+        with AgentThread(place) as agent:
+            first, second, looking = (place.connect() for _ in range(3))
+            gate, asked = threading.Event(), []
+
+            def flush(timeout):
+                asked.append(timeout)
+                return gate.wait(timeout)
+
+            store_of(agent).flush = flush
+            ending = threading.Thread(target=first.close, args=(60.0,))
+            ending.start()
+            eventually(lambda: asked)
+            second.close(60.0)
+            assert asked == [60.0]
+            assert ending.is_alive()
+            assert save(looking, chain(1)) == 1
+            gate.set()
+            ending.join(30)
+            looking.close(0)
+
     def test_what_was_committed_is_written_before_the_agent_ends(self, place):
         tier = DictTier("disk")
         agent = AgentThread(place, [tier])
