@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from kvtier._counters import Counters
 from kvtier.cli.common import ConfigOption, JsonFlag, bucket_settings, nothing_there, opened_bucket
@@ -37,16 +34,21 @@ def ls(config: ConfigOption = None, json_out: JsonFlag = False) -> None:
     if not report:
         typer.echo(nothing_there(settings))
         return
-    table = Table("namespace", "of", "packs", "blocks", "size", "unlisted", "last write", "last use")
-    table.columns[0].no_wrap = True
     for name, row in report.items():
-        now = time.time()
-        times = [
-            "unknown" if row[what] is None else _ago(now - row[what]) for what in ("last_write", "last_use")
-        ]
-        counts = (row["packs"], row["blocks"], format_size(row["bytes"]), row["unlisted"])
-        table.add_row(name, escape(row["of"]), *map(str, counts), *times)
-    Console().print(table)
+        typer.echo(_described(name, row, time.time()))
+
+
+def _described(name: str, row: Mapping[str, Any], now: float) -> str:
+    """Say on two lines, which no terminal is too narrow for, what a namespace holds."""
+    written, used = (
+        "unknown" if row[what] is None else _ago(now - row[what]) for what in ("last_write", "last_use")
+    )
+    unlisted = f" ({row['unlisted']} listed by no segment)" if row["unlisted"] else ""
+    return (
+        f"{name}  {row['of']}\n"
+        f"  packs: {row['packs']}{unlisted}, blocks: {row['blocks']}, {format_size(row['bytes'])}; "
+        f"last write: {written}, last use: {used}"
+    )
 
 
 def _summary(bucket: Bucket, prefix: str, name: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from kvtier._counters import Counters
 from kvtier.cli.common import (
@@ -101,19 +100,15 @@ def _progress(json_out: bool) -> Iterator[tuple[_Start, Callable[[int], None]]]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console()
-    table = Table("namespace", "packs", "blocks", "size", "segments", "unlisted", "damaged")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
     for name, found in report["namespaces"].items():
-        counts = (found["packs"], found["blocks"], format_size(found["bytes"]), found["segments"])
-        table.add_row(name, *map(str, counts), str(found["unlisted"]), str(len(found["damages"])))
-    console.print(table)
+        typer.echo(
+            f"{name}: packs: {found['packs']}, blocks: {found['blocks']}, {format_size(found['bytes'])}\n"
+            f"  index segments: {found['segments']}, packs that none lists: {found['unlisted']}, "
+            f"damaged: {len(found['damages'])}"
+        )
     for found in report["namespaces"].values():
         for damage in found["damages"]:
             block = f" block {damage['block']}" if damage["block"] else ""
-            # Unlike rich's own, this output is not wrapped: scripts look for keys.
             typer.echo(f"damaged: {damage['key']}{block}: {damage['problem']}")
     for name, other in report["other_formats"].items():
         typer.echo(left_alone(name, other))

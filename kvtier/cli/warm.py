@@ -103,8 +103,8 @@ def warm(
         typer.echo(json.dumps(report))
     else:
         typer.echo(
-            f"{warmed.blocks} blocks ({format_size(warmed.bytes)}) brought to the disk, "
-            f"{warmed.held} were there, {warmed.failed} could not be had"
+            f"{warmed.blocks} blocks brought to the disk ({format_size(warmed.bytes)} read), "
+            f"{warmed.held} were there, {warmed.failed} could not be had or kept"
         )
     if warmed.failed:
         raise typer.Exit(1)
