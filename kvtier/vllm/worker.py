@@ -32,6 +32,9 @@ from kvtier.vllm.stores import open_part
 _log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.005
+_AT_ONCE = 32
+"""Blocks whose saves are begun while the engine's thread may wait for it: a millisecond of the driver."""
+_BETWEEN_SECONDS = 0.0005
 
 
 class _Late(NamedTuple):
@@ -228,6 +231,16 @@ class WorkerHalf:
             late = self._late.popleft()
             self._save(late.saves, late.step)
 
+    def _begin_some(self, through: int) -> bool:
+        """Begin some of the late saves of steps up to `through`, and say whether there were any."""
+        if not self._late or self._late[0].step > through:
+            return False
+        late = self._late.popleft()
+        if len(late.saves) > _AT_ONCE:
+            self._late.appendleft(late._replace(saves=late.saves[_AT_ONCE:]))
+        self._save(late.saves[:_AT_ONCE], late.step)
+        return True
+
     def _watch_on(self) -> None:
         if (self._under_way or self._late) and not self._watching:
             self._watching = True
@@ -243,13 +256,15 @@ class WorkerHalf:
 
     def _watch(self) -> None:
         """Begin and commit saves also if the engine has no further step to do it in."""
-        computed = 0
+        computed, more = 0, False
         while True:
-            time.sleep(_WATCH_SECONDS)
+            time.sleep(_BETWEEN_SECONDS if more else _WATCH_SECONDS)
             with self._lock:
                 if self._transfers is None:
                     return
-                self._begin_late(computed)
+                more = self._begin_some(computed)
+                if more:
+                    continue
                 # What is computed now is begun at the next look: until then there is time for the sampling.
                 computed = max([late.step for late in self._late if late.computed.query()], default=0)
                 self._transfers.poll()

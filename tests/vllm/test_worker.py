@@ -167,6 +167,24 @@ def test_saves_begin_when_their_step_is_computed(rig):
     assert torch.equal(saved.view(3, *content().shape[1:]), content()[:3])
 
 
+def test_the_engines_thread_gets_its_turn_between_many_saves(rig, monkeypatch):
+    half, store, events = rig
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
+    begun, save = [], half._transfers.save
+
+    def counted(stream, blocks, done, number):
+        begun.append(len(blocks.slots))
+        save(stream, blocks, done, number)
+
+    monkeypatch.setattr(half._transfers, "save", counted)
+    half.bind(ConnectorMeta(1, saves=reserved(store, chain(5))))
+    half.save()
+    events[0].over = True
+    eventually(lambda: half.take_counts().get("saved_blocks") == 5, 10)
+    assert begun == [2, 2, 1]
+    assert len(store.match(chain(5)).slots) == 5
+
+
 def test_saves_begin_at_once_when_their_pages_are_going_to_be_overwritten(rig):
     half, store, _ = rig
     half.bind(ConnectorMeta(1, saves=reserved(store, chain(2))))
