@@ -1,4 +1,4 @@
-"""Shared by the disk tier's tests of faults: blocks that follow from their number, and what lies on a disk."""
+"""Shared by the disk tier's tests of faults: blocks that follow from numbers, and what lies on a disk."""
 
 from __future__ import annotations
 

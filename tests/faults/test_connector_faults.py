@@ -6,6 +6,7 @@ import random
 import socket
 
 import pytest
+import torch
 
 from kvtier.connector import shared
 from kvtier.engine import Engine, EngineConfig, HashModel, Request
@@ -25,6 +26,11 @@ CONFIG = EngineConfig(num_blocks=64, tokens_per_block=8, max_tokens_per_step=32,
 @pytest.fixture(autouse=True)
 def config(tmp_path, monkeypatch):
     monkeypatch.setenv("KVTIER_CONFIG", str(write_config(tmp_path)))
+    # The threads of several processes at work would wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def requests(seed: int, count: int = 12) -> list[Request]:
