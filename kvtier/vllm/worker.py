@@ -145,7 +145,9 @@ class WorkerHalf:
                 # The engine calls this also when its pass has failed: what lies in the pages nobody knows.
                 self._give_up(orders)
                 return
-            if not self._delays:
+            # What was computed over missing blocks is refused now: once the scheduler has heard of them,
+            # nothing would tell it from what was computed since.
+            if not self._delays or self._settled < self._failed_step:
                 self._save(orders.saves, orders.step)
                 return
             computed = torch.cuda.current_stream().record_event()

@@ -210,6 +210,23 @@ def test_after_a_failed_load_nothing_is_saved_until_the_scheduler_knows(rig):
     assert store.stats()["filling_slots"] == 0
 
 
+def test_what_was_computed_over_missing_blocks_is_not_saved_later_either(rig):
+    half, store, events = rig
+    half.bind(ConnectorMeta(1, loads=(Load(0, (), (4, 5)),), saves=reserved(store, chain(1))))
+    half.load()
+    half.save()
+    # The engine runs ahead: this step was ordered before the scheduler had heard of it.
+    half.bind(ConnectorMeta(2, saves=reserved(store, chain(1, seed=1))))
+    half.save()
+    half.bind(ConnectorMeta(3, settled=1, behind=2, saves=reserved(store, chain(1, seed=2))))
+    half.save()
+    for event in events:
+        event.over = True
+    eventually(lambda: half.take_counts().get("saved_blocks") == 1, 10)
+    assert half.take_counts()["save_failed_blocks"] == 2
+    assert [len(store.match(chain(1, seed=seed)).slots) for seed in range(3)] == [0, 0, 1]
+
+
 @contextmanager
 def vllms_pass(half) -> Iterator[None]:
     try:
