@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from kvtier.errors import CorruptBlock
+from kvtier.tiers.s3.bucket import RangeMissing
 from kvtier.tiers.s3.gc import GRACE_SECONDS
 from kvtier.tiers.s3.heat import load_heat
-from kvtier.tiers.s3.pack import pack_name, write_pack
+from kvtier.tiers.s3.pack import pack_name, read_footer, write_pack
 from kvtier.tiers.s3.survey import SETTLED_SECONDS
 from kvtier.tiers.s3.tombstone import write_tombstone
 from tests.gc_support import HOUR, KEYS, Yard
 from tests.s3_support import NAMESPACE, WINDOW, chain, hashes_of
+from tests.s3_tier_support import fail_with
 
 
 def test_short_packs_become_a_whole_one_and_go() -> None:
@@ -78,6 +82,24 @@ def test_packs_said_to_be_larger_than_any_are_not_even_read() -> None:
     assert [len(run) for run in yard.plan().runs[NAMESPACE.hex]] == [2]
     assert yard.collect().merged == 0
     assert yard.bucket.count("get", "/packs/") == 0
+
+
+@pytest.mark.parametrize("left", [0, 10, -5])
+def test_what_a_killed_process_left_of_a_merged_pack_is_no_obstacle(left: int) -> None:
+    yard = Yard()
+    blocks = chain(WINDOW, size=500)
+    packs = yard.store_chain(blocks, 3)
+    body, whole = write_pack(blocks, NAMESPACE.id)
+    yard.bucket.put(KEYS.pack(whole.name), body[:left])
+    if not left:
+        # A server says so of an object without bytes.
+        yard.bucket.before = fail_with(RangeMissing("416"), "get", whole.name.hex())
+    yard.now += SETTLED_SECONDS + 10
+    assert yard.collect().merged == 1
+    [merged] = yard.listed() - {pack.name for pack in packs}
+    assert merged != whole.name
+    footer = read_footer(*yard.bucket.get_tail(KEYS.pack(merged), 10_000), merged, NAMESPACE.id, 10_000)
+    assert list(footer.hashes) == hashes_of(blocks)
 
 
 def test_what_is_leaving_is_not_merged() -> None:

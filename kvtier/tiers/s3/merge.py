@@ -7,17 +7,19 @@ leaves a pack that no segment lists yet, which is found by its footer, or packs 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 
 from kvtier.errors import CorruptBlock
 from kvtier.tiers.base import Buffer, StoredBlock
-from kvtier.tiers.s3.bucket import Bucket, ObjectMissing
+from kvtier.tiers.s3.bucket import BadReply, Bucket, ObjectMissing, RangeMissing
 from kvtier.tiers.s3.lifecycle import StoredPack
 from kvtier.tiers.s3.namespaces import MAX_PAYLOAD_BYTES
 from kvtier.tiers.s3.pack import MAX_TAIL_BYTES, PACK_BYTES, Pack, read_footer, write_pack
 from kvtier.tiers.s3.survey import SETTLED_SECONDS, Survey
 from kvtier.tiers.s3.tombstone import free_salt
 
+_SALT_BYTES = 8
 _MAX_BYTES = 2 * PACK_BYTES
 """Blocks of one window have no more, even if nothing could be compressed."""
 
@@ -95,9 +97,25 @@ def merge(bucket: Bucket, survey: Survey, run: Sequence[StoredPack], verify: Ver
         body, pack = write_pack(blocks, namespace, salt)
         if bucket.put(survey.keys.pack(pack.name), body):
             return pack
-        tail, size = bucket.get_tail(survey.keys.pack(pack.name), MAX_TAIL_BYTES)
-        return read_footer(tail, size, pack.name, namespace, MAX_PAYLOAD_BYTES)
+        found = _found(bucket, survey, pack.name)
+        if found is not None:
+            return found
+        # Some servers keep what there was of a PUT that broke off.
+        body, pack = write_pack(blocks, namespace, os.urandom(_SALT_BYTES))
+        return pack if bucket.put(survey.keys.pack(pack.name), body) else None
     except (ObjectMissing, CorruptBlock):
+        return None
+
+
+def _found(bucket: Bucket, survey: Survey, name: bytes) -> Pack | None:
+    """Return the pack that has this name already, None if the object is of no use."""
+    try:
+        tail, size = bucket.get_tail(survey.keys.pack(name), MAX_TAIL_BYTES)
+        return read_footer(tail, size, name, bytes.fromhex(survey.name), MAX_PAYLOAD_BYTES)
+    except BadReply:
+        # That says nothing about the object.
+        raise
+    except (CorruptBlock, RangeMissing):
         return None
 
 

@@ -14,7 +14,7 @@ from kvtier._counters import Counters
 from kvtier.errors import CorruptBlock, TierError
 from kvtier.hashing import HASH_BYTES
 from kvtier.tiers.base import StoredBlock
-from kvtier.tiers.s3.bucket import BadReply, Bucket
+from kvtier.tiers.s3.bucket import BadReply, Bucket, RangeMissing
 from kvtier.tiers.s3.catalog import Catalog
 from kvtier.tiers.s3.health import Health
 from kvtier.tiers.s3.index import BlockIndex
@@ -307,7 +307,8 @@ class Uploader:
         with self._changed:
             job.failures += 1
             job.running = False
-            if isinstance(error, CorruptBlock) and not isinstance(error, BadReply):
+            # Also an object without any bytes: some servers keep what there was of a PUT that broke off.
+            if isinstance(error, CorruptBlock | RangeMissing) and not isinstance(error, BadReply):
                 job.salt = os.urandom(_SALT_BYTES)
             if self._closed or (not usual and job.failures >= _MAX_ODD_FAILURES):
                 self._drop(job)
