@@ -70,6 +70,17 @@ class TestHealth:
         eventually(answered, "there is room again")
         server.close()
 
+    def test_requests_that_get_no_thread_leave_their_places_to_others(self, agent, get, monkeypatch):
+        def fail(thread):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as without:
+            without.setattr(http.threading.Thread, "start", fail)
+            for _ in range(http.MAX_REQUESTS + 1):
+                with pytest.raises((OSError, http_client.HTTPException)):
+                    get("/healthz")
+        assert get("/healthz") == (200, "alive\n")
+
     def test_an_agent_that_ends_is_alive_and_not_ready(self, agent, get):
         agent.agent._stopping = True
         assert get("/readyz")[0] == 503

@@ -108,6 +108,26 @@ def test_a_bucket_that_stands_still_makes_the_queue_refuse(
     assert tier.write(blocks) == len(blocks)
 
 
+def test_who_waits_for_room_is_refused_when_the_tier_is_closed(
+    bucket: FakeBucket, open_tier: Callable[..., S3Tier]
+) -> None:
+    blocks = chain(12 * WINDOW, size=10_000)
+    limit = 8 * WINDOW * 10_000
+    tier = open_tier(pending_limit=limit)
+    gate = threading.Event()
+    bucket.before = hold(gate, "/packs/")
+    taken: list[int] = []
+    writer = threading.Thread(target=lambda: taken.append(tier.write(blocks)))
+    writer.start()
+    eventually(lambda: tier.stats()["pending_bytes"] > limit - 10_000)
+    tier.close(0.05)
+    writer.join(30)
+    gate.set()
+    # What waits in a tier that is closed is given up and counted.
+    eventually(lambda: tier.stats()["pending_bytes"] == 0)
+    assert taken[0] + tier.stats()["blocks_refused"] == len(blocks)
+
+
 def test_a_bucket_that_is_down_for_long_costs_the_oldest_blocks(
     bucket: FakeBucket, open_tier: Callable[..., S3Tier]
 ) -> None:

@@ -212,7 +212,8 @@ class Uploader:
             # Who uploads has to hear of what was taken so far.
             self._changed.notify_all()
             self._changed.wait(left)
-        return True
+        # Whoever closes makes room, too, and nobody is there any more to upload what is taken.
+        return not self._closed
 
     def _take(self, block: StoredBlock) -> None:
         # The caller's buffer may be reused once `write` returns.
