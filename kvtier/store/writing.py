@@ -26,6 +26,9 @@ MAX_QUEUED_BYTES = 256 << 20
 _STALL_SECONDS = 5.0
 """A tier that has taken nothing for so long is not waited for."""
 
+_BATCH_BYTES = 64 << 20
+"""A tier is given so much at once: before that is taken, nobody sees that a slow one goes on."""
+
 _LOOK_SECONDS = 0.05
 
 
@@ -97,8 +100,11 @@ class _TierQueue:
     def _drain(self) -> None:
         while True:
             with self._changed:
-                batch = list(self._blocks)
-                self._blocks.clear()
+                batch: list[StoredBlock] = []
+                size = 0
+                while self._blocks and size < _BATCH_BYTES:
+                    batch.append(self._blocks.popleft())
+                    size += len(batch[-1].payload)
                 if not batch:
                     self._writing = False
                     self._changed.notify_all()
@@ -109,7 +115,7 @@ class _TierQueue:
                 self._counters.add(f"{self._tier.name}_write_defects")
                 log_once(_log, self._tier.name, "writing to %s failed: %r", self._tier.name, error)
             with self._changed:
-                self.queued_bytes -= sum(len(block.payload) for block in batch)
+                self.queued_bytes -= size
                 self._progress = time.monotonic()
                 self._changed.notify_all()
 

@@ -19,11 +19,13 @@ class SlowTier(DictTier):
     def __init__(self) -> None:
         super().__init__("disk")
         self.gate = threading.Semaphore(0)
+        self.most = 0
         self.begun = threading.Event()
 
     def write(self, blocks):
         self.begun.set()
         assert self.gate.acquire(timeout=PATIENT)
+        self.most = max(self.most, len(blocks))
         return super().write(blocks)
 
 
@@ -59,6 +61,18 @@ def test_blocks_wait_for_a_tier_that_makes_progress(full, monkeypatch):
     assert store.flush(PATIENT)
     assert set(hashes) <= set(tier.blocks)
     assert "disk_dropped_blocks" not in store.stats()
+
+
+def test_a_tier_is_given_no_more_than_it_takes_while_encoders_wait(full, monkeypatch):
+    store, tier = full
+    monkeypatch.setattr(writing, "_BATCH_BYTES", store.stats()["queued_bytes"] + 1)
+    monkeypatch.setattr(writing, "MAX_QUEUED_BYTES", 1 << 30)
+    save(store, chain(8))
+    until(lambda: store.stats()["encoding_blocks"] == 0)
+    tier.gate.release(1000)
+    assert store.flush(PATIENT)
+    assert len(tier.blocks) == 9
+    assert tier.most == 2
 
 
 def test_nothing_waits_for_a_tier_that_stands_still(full, monkeypatch):
