@@ -246,7 +246,7 @@ class WorkerHalf:
     def _watch_on(self) -> None:
         if (self._under_way or self._late) and not self._watching:
             self._watching = True
-            self._watcher.run(self._watch)
+            self._watcher.run(self._keep_watch)
 
     def _saved(self, store: StoreClient, tickets: list[int], made: bool) -> None:
         self._under_way -= 1
@@ -255,6 +255,15 @@ class WorkerHalf:
         else:
             store.abort(tickets, self._shard)
         self._counters.add("saved_blocks" if made else "save_failed_blocks", len(tickets))
+
+    def _keep_watch(self) -> None:
+        try:
+            self._watch()
+        except BaseException:
+            # The next save has somebody look again: what waits to be begun must not become more and more.
+            with self._lock:
+                self._watching = False
+            raise
 
     def _watch(self) -> None:
         """Begin and commit saves also if the engine has no further step to do it in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -183,6 +184,27 @@ def test_the_engines_thread_gets_its_turn_between_many_saves(rig, monkeypatch):
     eventually(lambda: half.take_counts().get("saved_blocks") == 5, 10)
     assert begun == [2, 2, 1]
     assert len(store.match(chain(5)).slots) == 5
+
+
+def test_a_look_that_fails_is_not_the_last_one(rig):
+    half, store, events = rig
+
+    def fail() -> bool:
+        failed.set()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    failed = threading.Event()
+    half.bind(ConnectorMeta(1, saves=reserved(store, chain(1))))
+    half.save()
+    events[0].query = fail
+    assert failed.wait(10)
+    eventually(lambda: not half._watching, 10)
+    del events[0].query
+    events[0].over = True
+    half.bind(ConnectorMeta(2, saves=reserved(store, chain(1, seed=1))))
+    half.save()
+    eventually(lambda: half.take_counts().get("saved_blocks") == 1, 10)
+    assert len(store.match(chain(1)).slots) == 1
 
 
 def test_saves_begin_at_once_when_their_pages_are_going_to_be_overwritten(rig):
