@@ -37,7 +37,6 @@ class Tables:
             make_event: Makes what tells how far a stream is.
         """
         room = -(-numbers // _ROW_NUMBERS) * _ROW_NUMBERS
-        self.numbers = numbers
         self._device = device
         self._pinned = device.type == "cuda"
         self._host = torch.empty(rooms, room, dtype=torch.int64, pin_memory=self._pinned)
