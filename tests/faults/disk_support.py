@@ -6,8 +6,7 @@ import hashlib
 import multiprocessing
 import random
 import sqlite3
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -57,15 +56,6 @@ def read(tier: DiskTier, wanted: Sequence[StoredBlock]) -> list[int]:
     found = [one for one in wanted if delivered[one.hash] is not None]
     assert all(delivered[one.hash] == one.payload for one in found)
     return [one.position for one in found]
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def without_row(path: Path) -> set[str]:

@@ -18,11 +18,11 @@ import pytest
 
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.disk import DiskTier
+from tests.disk_support import eventually
 from tests.faults.disk_support import (
     BOUNDLESS,
     TIGHT,
     blocks,
-    eventually,
     name_of,
     open_tier,
     processes,

@@ -15,13 +15,13 @@ import pytest
 
 from kvtier.tiers import StoredBlock
 from kvtier.tiers.disk import DiskTier
+from tests.disk_support import eventually
 from tests.faults.disk_support import (
     LARGE_BYTES,
     MODEL,
     ROOMY,
     block,
     blocks,
-    eventually,
     open_tier,
     processes,
     read,

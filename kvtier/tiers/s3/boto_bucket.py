@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +33,7 @@ from kvtier.tiers.s3.bucket import (
 )
 from kvtier.tiers.s3.conditional import ConditionalPut
 from kvtier.tiers.s3.listing import Page, list_in_order, list_sorted
-from kvtier.tiers.s3.replies import error_of, seconds_of
+from kvtier.tiers.s3.replies import content_range, error_of, seconds_of
 from kvtier.tiers.s3.retries import Retries
 from kvtier.tiers.s3.signing import open_session
 
@@ -46,7 +45,6 @@ T = TypeVar("T")
 
 _CHUNK_BYTES = 128 << 10
 """A body is read in pieces of this size, with a look at its deadline after each; smaller ones cost CPU."""
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _MD5_OPERATIONS = ("DeleteObjects", "PutBucketLifecycleConfiguration")
 """Older servers want Content-MD5 here and take no newer checksum instead."""
 _BOTO_ERRORS = (
@@ -260,10 +258,10 @@ class BotoBucket:
 
 
 def _content_range(reply: GetObjectOutputTypeDef) -> tuple[int, int, int]:
-    match = _CONTENT_RANGE.fullmatch(reply.get("ContentRange", ""))
-    if match is None:
+    found = content_range(reply.get("ContentRange", ""))
+    if found is None:
         raise BadReply(f"no usable Content-Range: {reply.get('ContentRange')}")
-    return int(match[1]), int(match[2]), int(match[3])
+    return found
 
 
 def make_client(config: S3Config) -> S3Client:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ from kvtier.tiers.s3.http_exchange import Address, Exchange, Reply, address_of
 from kvtier.tiers.s3.http_wire import ReplyHead
 from kvtier.tiers.s3.key_ring import KeyRing
 from kvtier.tiers.s3.listing import MAX_PAGE_BYTES, Page, list_in_order, list_sorted, page_query, parse_page
-from kvtier.tiers.s3.replies import error_of, read_error
+from kvtier.tiers.s3.replies import content_range, error_of, read_error
 from kvtier.tiers.s3.retries import Retries
 from kvtier.tiers.s3.signing import Signer, open_session
 from kvtier.tiers.s3.waiting import run, wait_for
@@ -43,7 +42,6 @@ from kvtier.tiers.s3.waiting import run, wait_for
 _LISTINGS = 2
 """Listings that tell what refusals mean, at once."""
 _MAX_ERROR_BYTES = 64 << 10
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 class HttpBucket:
@@ -287,10 +285,11 @@ def put_headers(config: S3Config, body: bytes) -> dict[str, str]:
 
 
 def _content_range(key: str, head: ReplyHead) -> tuple[int, int, int]:
-    match = _CONTENT_RANGE.fullmatch(head.headers.get("content-range", ""))
-    if match is None:
+    told = head.headers.get("content-range", "")
+    found = content_range(told)
+    if found is None:
         raise BadReply(f"GET {key}: no usable Content-Range: {head.headers.get('content-range')!r}")
-    start, end, total = int(match[1]), int(match[2]), int(match[3])
+    start, end, total = found
     if not start <= end < total:
-        raise BadReply(f"GET {key}: an impossible Content-Range: {match[0]!r}")
-    return start, end, total
+        raise BadReply(f"GET {key}: an impossible Content-Range: {told!r}")
+    return found

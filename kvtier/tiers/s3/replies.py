@@ -18,6 +18,7 @@ from kvtier.tiers.s3.bucket import (
 
 LONGEST_RETRY_AFTER = 300.0
 
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _THROTTLED = {
     "SlowDown",
     "SlowDownRead",
@@ -75,6 +76,12 @@ def seconds_of(date: str) -> float | None:
         return email.utils.parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return None
+
+
+def content_range(value: str) -> tuple[int, int, int] | None:
+    """Return first byte, last byte and length of the object, as Content-Range tells; None if it does not."""
+    match = _CONTENT_RANGE.fullmatch(value)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def retry_after(value: str | None) -> float | None:
